@@ -1,0 +1,12 @@
+"""
+MR.Q (Fujimoto et al., ICLR 2025) for Stable-Baselines3.
+"""
+
+from pathlib import Path
+
+from sb3_mrq.mrq import MRQ
+from sb3_mrq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+
+__version__ = (Path(__file__).parent / "version.txt").read_text().strip()
+
+__all__ = ["MRQ", "CnnPolicy", "MlpPolicy", "MultiInputPolicy", "__version__"]

@@ -1,0 +1,436 @@
+"""
+The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mrq.frames import ObservationStorage
+from sb3_mrq.priorities import PriorityTree
+
+# Flags of a place
+STORED = 1  # holds a transition, not only an observation
+ENDED = 2  # the transition is the last of its stretch
+TERMINATED = 4  # ... and the episode terminated there
+PRESENT = 8  # holds an observation
+
+
+class SubtrajectorySamples(NamedTuple):
+    """
+    Sub-trajectories of H transitions, torch tensors but for ``indices``. Observations are dicts where the space is one.
+
+    :param observations: s_0 to s_H, the final observation repeated past the end of the episode, (B, H + 1, ...)
+    :param actions: Box actions scaled to [-1, 1], others as integers of the space, (B, H, action_dim)
+    :param rewards: 0 where the mask is 0, (B, H)
+    :param terminated: 1 where the episode terminated (not truncated), else 0, (B, H)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
+    :param indices: places of the starts, for ``update_priorities``, (B,)
+    """
+
+    observations: th.Tensor | dict[str, th.Tensor]
+    actions: th.Tensor
+    rewards: th.Tensor
+    terminated: th.Tensor
+    mask: th.Tensor
+    indices: np.ndarray
+
+
+class NStepSamples(NamedTuple):
+    """
+    Transitions with what an n-step target needs, torch tensors but for ``indices``. Observations are dicts where the space is
+    one.
+
+    :param observations: s_0, (B, ...)
+    :param actions: a_0, Box actions scaled to [-1, 1], others as integers of the space, (B, action_dim)
+    :param rewards: 0 where the mask is 0, (B, n)
+    :param terminated: 1 where the episode terminated (not truncated), else 0, (B, n)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, n)
+    :param next_observations: s_n, or the final observation of an episode that ends before, (B, ...)
+    :param indices: places of the starts, for ``update_priorities``, (B,)
+    """
+
+    observations: th.Tensor | dict[str, th.Tensor]
+    actions: th.Tensor
+    rewards: th.Tensor
+    terminated: th.Tensor
+    mask: th.Tensor
+    next_observations: th.Tensor | dict[str, th.Tensor]
+    indices: np.ndarray
+
+
+class SubtrajectoryReplayBuffer(ReplayBuffer):
+    """
+    Replay buffer that samples sub-trajectories by priority (LAP, Fujimoto et al., 2020, arXiv 2007.06049).
+
+    Every environment has a ring of ``buffer_size // n_envs`` places of its own. A place holds one observation and the action,
+    reward and flags of the transition that starts there; the next observation is the one in the next place. The final
+    observation of an episode takes a place of its own, so that an episode of m transitions takes m + 1 places. Frame stacks
+    are stored as single frames (see :class:`sb3_mrq.frames.ObservationStorage`); a transition leaves the buffer with the
+    oldest frame it needs.
+
+    An ``add`` whose observation is not the next observation of that environment's previous ``add`` closes the episode before
+    it as truncated: the environment was reset in the middle.
+
+    A transition can be sampled once ``max(horizon, n_steps)`` transitions from it on are there, or its episode has ended.
+    It then takes the largest priority ever assigned. Past the end of an episode sub-trajectories are masked.
+
+    Memory is allocated by the first ``add`` and taken as places are written to.
+
+    :param buffer_size: Number of places, over all environments
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param device: PyTorch device of the samples
+    :param n_envs: Number of parallel environments
+    :param optimize_memory_usage: Accepted as SB3's buffers do; observations are always stored once
+    :param handle_timeout_termination: Accepted as SB3's buffers do; truncation and termination are always told apart
+    :param horizon: Transitions in a sub-trajectory
+    :param n_steps: Transitions of the n-step samples
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = True,
+        handle_timeout_termination: bool = True,
+        horizon: int = 5,
+        n_steps: int = 3,
+    ):
+        # Not ReplayBuffer's constructor, which allocates everything at once
+        BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.optimize_memory_usage = True
+        self.handle_timeout_termination = True
+        if horizon < 1 or n_steps < 1:
+            raise ValueError(f"horizon ({horizon}) and n_steps ({n_steps}) must be at least 1.")
+        # As in ReplayBuffer, from here on the size for each environment
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        self.horizon = horizon
+        self.n_steps = n_steps
+        # Transitions from a start on that must be there for it to be sampled
+        self.reach = max(horizon, n_steps)
+        self.reset()
+
+    def reset(self) -> None:
+        """
+        Empty the buffer and give its memory back.
+        """
+        self.pos = 0
+        self.full = False
+        self.max_priority = 1.0
+        self.has_terminated = False
+        self.n_sampleable = 0
+        self._n_stored = 0
+        self._storages: dict[str | None, ObservationStorage] = {}
+        # Allocated by the first add
+        self.actions = np.zeros((0, self.action_dim))
+        self.rewards = np.zeros(0, dtype=np.float32)
+        self._flags = np.zeros(0, dtype=np.uint8)
+        self._ages = np.zeros(0, dtype=np.uint8)
+        self._priorities = PriorityTree(1)
+        # For each environment: first place of its ring; where in the ring the latest next observation stands or, if no
+        # stretch is running, the next first one will; whether one is running, and how many transitions it has
+        self._ring = np.arange(self.n_envs) * self.buffer_size
+        self._head = np.zeros(self.n_envs, dtype=np.int64)
+        self._running = np.zeros(self.n_envs, dtype=bool)
+        self._length = np.zeros(self.n_envs, dtype=np.int64)
+        self._last_next_obs: dict[str | None, np.ndarray] = {}
+
+    def check_size(self) -> None:
+        """
+        :raises ValueError: if the buffer is too small for the horizon and the number of environments
+        """
+        smallest = self.reach + 2
+        if self.buffer_size < smallest:
+            raise ValueError(
+                f"The replay buffer has {self.buffer_size} places for each of {self.n_envs} environments, but a horizon of "
+                f"{self.reach} steps takes {smallest}: use a buffer_size of {smallest * self.n_envs} or more."
+            )
+
+    def _allocate(self) -> None:
+        self.check_size()
+        n_places = self.buffer_size * self.n_envs
+        space, shape = self.observation_space, self.obs_shape
+        subspaces: dict[Any, spaces.Space] = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+        shapes: dict[Any, tuple[int, ...]] = shape if isinstance(shape, dict) else {None: shape}
+        # With more frames in a stack there might be times when nothing can be sampled
+        max_stack = min(self.buffer_size - self.reach - 1, 255)
+        self._storages = {
+            key: ObservationStorage(subspace, shapes[key], self.buffer_size, self.n_envs, max_stack)
+            for key, subspace in subspaces.items()
+        }
+        dtype = self._maybe_cast_dtype(self.action_space.dtype)
+        self.actions = np.zeros((n_places, self.action_dim), dtype=dtype)
+        self.rewards = np.zeros(n_places, dtype=np.float32)
+        self._flags = np.zeros(n_places, dtype=np.uint8)
+        self._ages = np.zeros(n_places, dtype=np.uint8)
+        self._priorities = PriorityTree(n_places)
+
+    def size(self) -> int:
+        """
+        :return: number of stored transitions, over all environments
+        """
+        return self._n_stored
+
+    def _cast(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str | None, np.ndarray]:
+        values: dict[Any, np.ndarray] = obs if isinstance(obs, dict) else {None: obs}
+        return {key: storage.cast(values[key]) for key, storage in self._storages.items()}
+
+    def add(
+        self,
+        obs: np.ndarray | dict[str, np.ndarray],
+        next_obs: np.ndarray | dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        Store one transition of each environment.
+
+        :param obs: observations, (n_envs, ...) or a dict of these
+        :param next_obs: observations after the step, for an episode that ended its final one, (n_envs, ...)
+        :param action: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, ...)
+        :param reward: (n_envs,)
+        :param done: whether the episode ended, (n_envs,)
+        :param infos: ``info["TimeLimit.truncated"]`` tells that an episode did not end by termination
+        :raises ValueError: if the buffer is too small (at the first call)
+        """
+        allocated = bool(self._storages)
+        if not allocated:
+            self._allocate()
+        obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
+        done = np.asarray(done, dtype=bool)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
+
+        if self._running.any():
+            continues = np.ones(self.n_envs, dtype=bool)
+            for key, value in obs_.items():
+                continues &= (value == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
+            self._close(self._running & ~continues)
+
+        beginning = ~self._running
+        for key, storage in self._storages.items():
+            if not allocated:
+                storage.allocate(obs_[key], next_obs_[key])
+            elif not storage.fits(obs_[key], next_obs_[key], beginning):
+                storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
+
+        if beginning.any():
+            self._write_observations((self._ring + self._head)[beginning], obs_, beginning, ages=None)
+            self._length[beginning] = 0
+        places = self._ring + self._head
+        next_head = (self._head + 1) % self.buffer_size
+        self.full |= bool((next_head == 0).any())
+        self._write_observations(self._ring + next_head, next_obs_, np.ones(self.n_envs, dtype=bool), ages=self._ages[places])
+
+        self.actions[places] = np.reshape(action, (self.n_envs, self.action_dim))
+        self.rewards[places] = reward
+        terminated = done & ~truncated
+        self._flags[places] = PRESENT | STORED | np.where(done, ENDED, 0) | np.where(terminated, TERMINATED, 0)
+        self.has_terminated |= bool(terminated.any())
+        self._n_stored += self.n_envs
+        self._length += 1
+        self._head = next_head
+        self._running[:] = True
+        self._last_next_obs = next_obs_
+        complete = self._length >= self.reach
+        if complete.any():
+            self._activate(self._ring[complete] + (self._head[complete] - self.reach) % self.buffer_size)
+        self._close(done)
+        self.pos = int(self._head[0])
+
+    def _write_observations(
+        self, places: np.ndarray, obs: dict[str | None, np.ndarray], envs: np.ndarray, ages: np.ndarray | None
+    ) -> None:
+        """
+        Write observations of some environments, over whatever is there.
+
+        :param places: (m,)
+        :param obs: of all environments
+        :param envs: which environments to write, bool (n_envs,)
+        :param ages: ages of the observations before them, (m,), None where they begin a stretch
+        """
+        self._evict(places)
+        for key, storage in self._storages.items():
+            storage.write(places, obs[key][envs])
+        self._ages[places] = 0 if ages is None else np.minimum(ages, 254) + 1
+        self._flags[places] = PRESENT
+
+    def _evict(self, places: np.ndarray) -> None:
+        """Take the transitions out that start at the places, or need them for their stack of frames."""
+        if not self.full:
+            return
+        depth = max(storage.n_stack for storage in self._storages.values())
+        if depth > 1:
+            position = places % self.buffer_size
+            steps = np.arange(depth)[:, None]
+            following = places - position + (position + steps) % self.buffer_size
+            places = following[self._ages[following] >= steps]
+        places = places[(self._flags[places] & STORED) != 0]
+        if len(places) == 0:
+            return
+        self._flags[places] = PRESENT
+        self.rewards[places] = 0
+        self._n_stored -= len(places)
+        self.n_sampleable -= int(np.count_nonzero(self._priorities.get(places)))
+        self._priorities.set(places, 0.0)
+
+    def _activate(self, places: np.ndarray) -> None:
+        """Let transitions be sampled from now on."""
+        self._priorities.set(places, self.max_priority)
+        self.n_sampleable += len(places)
+
+    def _close(self, envs: np.ndarray) -> None:
+        """End the running stretch of some environments, bool (n_envs,), at its last observation, which keeps its place."""
+        if not envs.any():
+            return
+        ring, head, length = self._ring[envs, None], self._head[envs, None], self._length[envs, None]
+        self._flags[ring + (head - 1) % self.buffer_size] |= ENDED
+        if self.reach > 1:
+            back = np.arange(1, self.reach)
+            waiting = ring + (head - back) % self.buffer_size
+            self._activate(waiting[back <= length])
+        self._head[envs] = (self._head[envs] + 1) % self.buffer_size
+        self.full |= bool((self._head[envs] == 0).any())
+        self._running[envs] = False
+
+    def _draw(self, batch_size: int) -> np.ndarray:
+        if self.n_sampleable == 0:
+            raise ValueError(
+                "There is no transition to sample yet: none whose horizon is complete or whose episode has ended."
+            )
+        return self._priorities.sample(batch_size)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:  # type: ignore[override]
+        """
+        Sample sub-trajectories of ``horizon`` transitions, their starts by priority.
+
+        :param batch_size: Number of sub-trajectories
+        :param env: VecNormalize to normalize observations and rewards with
+        :return: the sub-trajectories
+        :raises ValueError: if there is none yet
+        """
+        return self.get_subtrajectories(self._draw(batch_size), env)
+
+    def sample_n_step(self, batch_size: int, env: VecNormalize | None = None) -> NStepSamples:
+        """
+        Sample transitions by priority, with the rewards and the observation of an ``n_steps`` target.
+
+        :param batch_size: Number of transitions
+        :param env: VecNormalize to normalize observations and rewards with
+        :return: the transitions
+        :raises ValueError: if there is none yet
+        """
+        return self.get_n_step(self._draw(batch_size), env)
+
+    def update_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        """
+        :param indices: ``indices`` of a sample; those that have left the buffer since are passed over
+        :param priorities: positive, (B,)
+        """
+        if self.n_sampleable == 0:
+            return
+        priorities = np.asarray(priorities, dtype=np.float64)
+        present = self._priorities.get(indices) > 0
+        if not (np.isfinite(priorities).all() and (priorities > 0).all()):
+            raise ValueError(f"Priorities must be positive and finite, not {priorities.min()} to {priorities.max()}.")
+        self._priorities.set(indices[present], priorities[present])
+        self.max_priority = max(self.max_priority, float(priorities[present].max(initial=0.0)))
+
+    def sampling_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :return: places of all starts that can be sampled, and the probability of each, (n,) both
+        """
+        priorities = self._priorities.get(np.arange(len(self._flags)))
+        indices = np.flatnonzero(priorities)
+        return indices, priorities[indices] / priorities.sum()
+
+    def mean_abs_reward(self, env: VecNormalize | None = None) -> float:
+        """
+        :param env: VecNormalize to normalize rewards with
+        :return: mean absolute reward of all stored transitions, 0 if there are none
+        """
+        if self._n_stored == 0:
+            return 0.0
+        rewards = self.rewards
+        if env is not None:
+            # Places without a transition hold a zero, which normalisation (a division) leaves as it is
+            rewards = self._normalize_reward(rewards, env)
+        return float(np.abs(rewards).sum(dtype=np.float64)) / self._n_stored
+
+    def _follow(self, indices: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param indices: places of starts, (B,)
+        :param n_steps: H
+        :return: places of s_0 to s_H, the last one repeated past the end of the episode, (B, H + 1), and the mask, bool (B, H)
+        """
+        position = indices % self.buffer_size
+        ring = (indices - position)[:, None]
+        steps = np.arange(n_steps + 1)
+        places = ring + (position[:, None] + steps) % self.buffer_size
+        mask = np.ones((len(indices), n_steps), dtype=bool)
+        np.logical_and.accumulate((self._flags[places[:, :-2]] & ENDED) == 0, axis=1, out=mask[:, 1:])
+        length = mask.sum(axis=1)[:, None]
+        return np.take_along_axis(places, np.minimum(steps, length), axis=1), mask
+
+    def _observations(self, places: np.ndarray, env: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
+        """(...) places to (..., *obs) tensors."""
+        values: dict[Any, np.ndarray] = {key: s.gather(places, self._ages) for key, s in self._storages.items()}
+        obs = self._normalize_obs(values if isinstance(self.observation_space, spaces.Dict) else values[None], env)
+        if isinstance(obs, dict):
+            return {key: self.to_torch(value, copy=False) for key, value in obs.items()}
+        return self.to_torch(obs, copy=False)
+
+    def _masked(
+        self, places: np.ndarray, mask: np.ndarray, env: VecNormalize | None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Rewards, terminations and the mask itself as float tensors, (B, H) each."""
+        rewards = np.where(mask, self._normalize_reward(self.rewards[places], env), np.float32(0))
+        terminated = mask & ((self._flags[places] & TERMINATED) != 0)
+        return (
+            self.to_torch(rewards, copy=False),
+            self.to_torch(terminated.astype(np.float32), copy=False),
+            self.to_torch(mask.astype(np.float32), copy=False),
+        )
+
+    def get_subtrajectories(self, indices: np.ndarray, env: VecNormalize | None = None) -> SubtrajectorySamples:
+        """
+        :param indices: places of starts, (B,)
+        :param env: VecNormalize to normalize observations and rewards with
+        :return: the sub-trajectories of ``horizon`` transitions that begin there
+        """
+        places, mask = self._follow(indices, self.horizon)
+        transitions = places[:, :-1]
+        return SubtrajectorySamples(
+            self._observations(places, env),
+            self.to_torch(self.actions[transitions], copy=False),
+            *self._masked(transitions, mask, env),
+            indices,
+        )
+
+    def get_n_step(self, indices: np.ndarray, env: VecNormalize | None = None) -> NStepSamples:
+        """
+        :param indices: places of starts, (B,)
+        :param env: VecNormalize to normalize observations and rewards with
+        :return: the transitions that begin there, with the rewards and the observation of an ``n_steps`` target
+        """
+        places, mask = self._follow(indices, self.n_steps)
+        # Both observations at once: (B, 2) places
+        both = self._observations(places[:, [0, -1]], env)
+        first: Any = {key: value[:, 0] for key, value in both.items()} if isinstance(both, dict) else both[:, 0]
+        last: Any = {key: value[:, 1] for key, value in both.items()} if isinstance(both, dict) else both[:, 1]
+        rewards, terminated, mask_ = self._masked(places[:, :-1], mask, env)
+        return NStepSamples(first, self.to_torch(self.actions[indices], copy=False), rewards, terminated, mask_, last, indices)
+
+    def _get_samples(  # type: ignore[override]
+        self, batch_inds: np.ndarray, env: VecNormalize | None = None
+    ) -> SubtrajectorySamples:
+        return self.get_subtrajectories(batch_inds, env)

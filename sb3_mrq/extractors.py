@@ -1,0 +1,139 @@
+"""
+The features extractors of MR.Q's state encoders, as SB3's ``features_extractor_class`` takes them.
+
+Shapes: ``B`` batch, images (C, H, W). All take preprocessed observations: floats, images in [0, 1], discrete ones one-hot.
+"""
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_mrq.networks import ELU, init_weights, layer_norm_mlp
+
+
+class MLPExtractor(BaseFeaturesExtractor):
+    """
+    Flatten, then linear, layer norm and activation for every hidden layer.
+
+    :param observation_space: any space but images and Dict
+    :param net_arch: sizes of the hidden layers, the last one is that of the features
+    :param activation_fn: class of the activation
+    :raises ValueError: if the space is one of images
+    """
+
+    def __init__(
+        self, observation_space: spaces.Space, net_arch: tuple[int, ...] = (512, 512), activation_fn: type[nn.Module] = ELU
+    ):
+        if is_image_space(observation_space):
+            raise ValueError(f"MlpPolicy does not take images ({observation_space}): use CnnPolicy.")
+        super().__init__(observation_space, net_arch[-1])
+        self.layers = layer_norm_mlp(get_flattened_obs_dim(observation_space), list(net_arch), activation_fn)
+        self.layers.apply(init_weights)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: (B, ...)
+        :return: (B, features_dim)
+        """
+        return self.layers(observations.flatten(1))
+
+
+class CNNExtractor(BaseFeaturesExtractor):
+    """
+    Images moved to [-0.5, 0.5], four 3x3 convolutions of 32 channels with strides 2, 2, 2 and 1 and no padding, flattened.
+
+    :param observation_space: channel-first images of any size the convolutions can take
+    :param activation_fn: class of the activation
+    :param normalized_image: whether the space holds images that are normalised already (``normalize_images=False``)
+    :raises ValueError: if the space is not one of images, or they are too small
+    """
+
+    CHANNELS = 32
+    STRIDES = (2, 2, 2, 1)
+
+    def __init__(self, observation_space: spaces.Space, activation_fn: type[nn.Module] = ELU, normalized_image: bool = False):
+        if not is_image_space(observation_space, normalized_image=normalized_image):
+            raise ValueError(
+                f"CnnPolicy takes images, Box spaces of three axes and of uint8 from 0 to 255, not {observation_space}: use "
+                "MlpPolicy for vectors, or normalize_images=False in policy_kwargs for channel-first float images that are in "
+                "[0, 1] already."
+            )
+        assert observation_space.shape is not None
+        channels, height, width = observation_space.shape
+        size = height, width
+        for stride in self.STRIDES:
+            size = (size[0] - 3) // stride + 1, (size[1] - 3) // stride + 1
+        if min(size) < 1:
+            raise ValueError(
+                f"Images of {height}x{width} pixels are too small for the convolutions, which take 31x31 or more (space "
+                f"{observation_space}): enlarge them, for example with gymnasium.wrappers.ResizeObservation, or pass a "
+                "features_extractor_class of your own in policy_kwargs."
+            )
+        super().__init__(observation_space, self.CHANNELS * size[0] * size[1])
+        layers: list[nn.Module] = []
+        for stride in self.STRIDES:
+            layers += [nn.Conv2d(channels, self.CHANNELS, kernel_size=3, stride=stride), activation_fn()]
+            channels = self.CHANNELS
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+        self.layers.apply(init_weights)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: in [0, 1], (B, C, H, W)
+        :return: (B, features_dim)
+        """
+        return self.layers(observations - 0.5)
+
+
+class MultiInputExtractor(BaseFeaturesExtractor):
+    """
+    Extractors side by side for a Dict: a CNN for each image, one MLP for everything else, their features concatenated.
+
+    :param observation_space: Dict of images and vectors
+    :param net_arch: sizes of the MLP's hidden layers
+    :param activation_fn: class of the activation
+    :param normalized_image: whether the space holds images that are normalised already (``normalize_images=False``)
+    :raises ValueError: if the space is not a Dict, or an image is too small
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        net_arch: tuple[int, ...] = (512, 512),
+        activation_fn: type[nn.Module] = ELU,
+        normalized_image: bool = False,
+    ):
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"MultiInputPolicy takes Dict observations, not {observation_space}: use MlpPolicy or CnnPolicy.")
+        cnns: dict[str, nn.Module] = {}
+        vector_dim = 0
+        features_dim = 0
+        for key, space in observation_space.spaces.items():
+            if is_image_space(space, normalized_image=normalized_image):
+                cnn = CNNExtractor(space, activation_fn, normalized_image)
+                cnns[key] = cnn
+                features_dim += cnn.features_dim
+            else:
+                vector_dim += get_flattened_obs_dim(space)
+        if vector_dim > 0:
+            features_dim += net_arch[-1]
+        super().__init__(observation_space, features_dim)
+        # nn.ModuleDict refuses some names that are fine as keys of a space ("pop", or with a dot in it)
+        self.image_keys = list(cnns)
+        self.cnns = nn.ModuleList(cnns.values())
+        self.vector_keys = [key for key in observation_space.spaces if key not in cnns]
+        self.mlp = layer_norm_mlp(vector_dim, list(net_arch), activation_fn) if vector_dim > 0 else None
+        if self.mlp is not None:
+            self.mlp.apply(init_weights)
+
+    def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
+        """
+        :param observations: a value for each key of the space, (B, ...)
+        :return: (B, features_dim)
+        """
+        features = [cnn(observations[key]) for key, cnn in zip(self.image_keys, self.cnns, strict=True)]
+        if self.mlp is not None:
+            features.append(self.mlp(th.cat([observations[key].flatten(1) for key in self.vector_keys], dim=1)))
+        return th.cat(features, dim=1)

@@ -1,0 +1,173 @@
+"""
+Storage of one kind of observation in the places of a replay buffer, frame stacks as single frames.
+"""
+
+import warnings
+from copy import copy
+
+import numpy as np
+from gymnasium import spaces
+
+
+class ObservationStorage:
+    """
+    Observations in numbered places, ``n_rings`` rings of ``ring_size`` places each. Consecutive observations of an episode
+    stand in consecutive places of one ring.
+
+    A channel-first uint8 image that is a stack of frames holds each frame again in the next observations. Where that is so,
+    found out from the first observations and checked at each later one, only the newest frame of each observation is stored,
+    and the stack is put together again from the places before. An episode must then begin with a stack that is filled up with
+    copies of its first frame (as by gymnasium's ``FrameStackObservation``) or with zeros (as by ``VecFrameStack``). Where the
+    check fails, everything stored so far is converted, to larger frames or to whole observations.
+
+    :param space: space of the observations
+    :param shape: shape of one observation in the buffer
+    :param ring_size: places in each ring
+    :param n_rings: number of rings
+    :param max_stack: most frames a stack may have to be stored as single frames
+    """
+
+    # Places converted at once where a stack turns out not to be one
+    CHUNK = 256
+
+    def __init__(self, space: spaces.Space, shape: tuple[int, ...], ring_size: int, n_rings: int, max_stack: int):
+        self.shape = shape
+        self.dtype = np.dtype(np.float32) if space.dtype == np.float64 else np.dtype(space.dtype)
+        self.ring_size = ring_size
+        self.n_places = ring_size * n_rings
+        # Channels of a frame that may turn out to be stacked, smallest first
+        self.candidates: list[int] = []
+        if len(shape) == 3 and self.dtype == np.uint8:
+            n_channels = shape[0]
+            self.candidates = [c for c in range(1, n_channels) if n_channels % c == 0 and n_channels // c <= max_stack]
+        self.frame_channels = 0
+        self.n_stack = 1
+        # np.zeros reserves address space only: memory is taken by the pages that are written to
+        self.data = np.zeros((0,), dtype=self.dtype)
+        # Of single frames: whether the stack is filled up with zeros where the episode is younger than the stack, or with
+        # copies
+        self.zero_filled = np.zeros((0,), dtype=bool)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether observations are stored as single frames."""
+        return self.n_stack > 1
+
+    def cast(self, obs: np.ndarray) -> np.ndarray:
+        """
+        :param obs: observations as the environments give them, (n, ...)
+        :return: a copy in the storage's dtype and shape, (n, *shape)
+        """
+        return np.array(obs, dtype=self.dtype).reshape(-1, *self.shape)
+
+    def _allocate(self, frame_channels: int) -> None:
+        self.frame_channels = frame_channels
+        self.n_stack = self.shape[0] // frame_channels if frame_channels else 1
+        frame_shape = (frame_channels, *self.shape[1:]) if frame_channels else self.shape
+        self.data = np.zeros((self.n_places, *frame_shape), dtype=self.dtype)
+        if self.stacked:
+            self.zero_filled = np.zeros(self.n_places, dtype=bool)
+
+    def _is_stack(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray, channels: int) -> bool:
+        """Whether transitions, some of which begin an episode, fit stacks of frames of so many channels."""
+        if not np.array_equal(obs[:, channels:], next_obs[:, :-channels]):
+            return False
+        first = obs[beginning]
+        older = first[:, :-channels].reshape(len(first), self.shape[0] // channels - 1, channels, *self.shape[1:])
+        copies = (older == first[:, None, -channels:]).all(axis=(1, 2, 3, 4))
+        zeros = ~older.any(axis=(1, 2, 3, 4))
+        return bool((copies | zeros).all())
+
+    def allocate(self, obs: np.ndarray, next_obs: np.ndarray) -> None:
+        """
+        Reserve the memory, for single frames if the first transitions look like stacks of them.
+
+        :param obs: first observations of all environments, (n, *shape)
+        :param next_obs: the observations after them, (n, *shape)
+        """
+        beginning = np.ones(len(obs), dtype=bool)
+        self.candidates = [c for c in self.candidates if self._is_stack(obs, next_obs, beginning, c)]
+        self._allocate(self.candidates.pop(0) if self.candidates else 0)
+
+    def fits(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray) -> bool:
+        """
+        :param obs: observations, (n, *shape)
+        :param next_obs: the observations after them, (n, *shape)
+        :param beginning: which of them begin an episode, bool (n,)
+        :return: whether they can be stored in the way that observations are stored now
+        """
+        return not self.stacked or self._is_stack(obs, next_obs, beginning, self.frame_channels)
+
+    def refit(
+        self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray, stored: np.ndarray, ages: np.ndarray
+    ) -> None:
+        """
+        Find another way of storing for observations that do not fit, and convert what is stored to it.
+
+        :param obs: observations, (n, *shape)
+        :param next_obs: the observations after them, (n, *shape)
+        :param beginning: which of them begin an episode, bool (n,)
+        :param stored: places that hold an observation now, (m,)
+        :param ages: for each place of the buffer, observations before it in its episode
+        """
+        while self.candidates:
+            channels = self.candidates.pop(0)
+            if self._is_stack(obs, next_obs, beginning, channels) and self._convert(channels, stored, ages):
+                return
+        size = self.n_places * int(np.prod(self.shape)) * self.dtype.itemsize
+        warnings.warn(
+            f"The image observations looked like stacks of {self.n_stack} frames and were stored as single frames, but an "
+            "observation came that does not continue the stack before it. From here on they are stored whole, which takes "
+            f"{size / 1e9:.3g} GB for the full buffer instead of {size / self.n_stack / 1e9:.3g} GB.",
+            stacklevel=3,
+        )
+        self._convert(0, stored, ages)
+
+    def _convert(self, frame_channels: int, stored: np.ndarray, ages: np.ndarray) -> bool:
+        """Store what is in ``stored`` in another way (see ``_allocate``) unless something would be lost."""
+        converted = copy(self)
+        converted._allocate(frame_channels)
+        chunks = np.split(stored, range(self.CHUNK, len(stored), self.CHUNK))
+        for places in chunks:
+            converted.write(places, self.gather(places, ages))
+        if not all(np.array_equal(self.gather(places, ages), converted.gather(places, ages)) for places in chunks):
+            return False
+        self.__dict__.update(converted.__dict__)
+        return True
+
+    def write(self, places: np.ndarray, obs: np.ndarray) -> None:
+        """
+        :param places: (n,)
+        :param obs: as from ``cast``, (n, *shape)
+        """
+        if self.stacked:
+            # Where it matters, in the first observations of an episode, the oldest frame of the stack is not an observed one
+            self.zero_filled[places] = ~obs[:, : self.frame_channels].any(axis=(1, 2, 3))
+            obs = obs[:, -self.frame_channels :]
+        self.data[places] = obs
+
+    def previous(self, places: np.ndarray, steps: np.ndarray | int) -> np.ndarray:
+        """
+        :param places: (...)
+        :param steps: how many places to go back in the ring, less than ``ring_size``
+        :return: (...)
+        """
+        position = places % self.ring_size
+        return places - steps + np.where(position < steps, self.ring_size, 0)
+
+    def gather(self, places: np.ndarray, ages: np.ndarray) -> np.ndarray:
+        """
+        :param places: (...)
+        :param ages: for each place of the buffer, observations before it in its episode
+        :return: whole observations, (..., *shape)
+        """
+        if not self.stacked:
+            return self.data[places]
+        age = ages[places]
+        out = np.empty((*places.shape, self.n_stack, *self.data.shape[1:]), dtype=self.dtype)
+        for back in range(self.n_stack):
+            frames = self.data[self.previous(places, np.minimum(age, back))]
+            if back > 0:
+                frames[(age < back) & self.zero_filled[places]] = 0
+            out[..., self.n_stack - 1 - back, :, :, :] = frames
+        return out.reshape(*places.shape, *self.shape)

@@ -1,0 +1,198 @@
+"""
+The formulas of MR.Q as free functions on tensors: two-hot rewards, encoder loss, n-step target, value loss, policy loss.
+
+Equation numbers refer to Fujimoto et al., "Towards General-Purpose Model-Free Reinforcement Learning", ICLR 2025.
+Shapes: ``B`` batch, ``H`` horizon of the encoder, ``n`` horizon of the value, ``K`` reward bins, ``Z`` size of z_s, ``A``
+action vector.
+"""
+
+from typing import NamedTuple
+
+import torch as th
+from torch.nn import functional as F
+
+
+class EncoderLoss(NamedTuple):
+    """
+    The encoder loss and its three terms before weighting, all 0-d tensors.
+    """
+
+    total: th.Tensor
+    dynamics: th.Tensor
+    reward: th.Tensor
+    termination: th.Tensor
+
+
+def symexp(x: th.Tensor) -> th.Tensor:
+    """
+    Symmetric exponential sign(x) (exp|x| - 1), the inverse of the symmetric logarithm.
+
+    :param x: any shape
+    :return: same shape
+    """
+    return th.sign(x) * th.expm1(th.abs(x))
+
+
+def reward_bins(
+    n_bins: int = 65,
+    limit: float = 10.0,
+    dtype: th.dtype | None = None,
+    device: th.device | str | None = None,
+) -> th.Tensor:
+    """
+    Centres of the reward bins: ``symexp`` of evenly spaced points, so that they are dense around zero.
+
+    :param n_bins: number of bins
+    :param limit: the points run from ``-limit`` to ``limit``, the centres from ``symexp(-limit)`` to ``symexp(limit)``
+    :param dtype: of the result, torch's default if None
+    :param device: of the result
+    :return: ascending centres, (K,)
+    """
+    return symexp(th.linspace(-limit, limit, n_bins, dtype=th.float64)).to(
+        dtype=dtype or th.get_default_dtype(), device=device
+    )
+
+
+def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """
+    Encode rewards as weights on the two neighbouring bins, linear in the reward itself (section 4.1 of the paper).
+    A reward at or beyond either end puts all its weight on the end bin.
+
+    :param rewards: (...)
+    :param bins: ascending bin centres, (K,)
+    :return: weights that sum to one, (..., K)
+    """
+    rewards = rewards.clamp(bins[0], bins[-1])
+    # The lower neighbour is at most the last but one bin: the upper one always exists and lies strictly above it
+    lower = (th.searchsorted(bins, rewards.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
+    upper_weight = (rewards - bins[lower]) / (bins[lower + 1] - bins[lower])
+    weights = rewards.new_zeros((*rewards.shape, len(bins)))
+    weights.scatter_(-1, lower.unsqueeze(-1), (1 - upper_weight).unsqueeze(-1))
+    weights.scatter_(-1, lower.unsqueeze(-1) + 1, upper_weight.unsqueeze(-1))
+    return weights
+
+
+def continuation_mask(ended: th.Tensor) -> th.Tensor:
+    """
+    M_0 = 1, M_{t+1} = M_t (1 - ended_t): one up to and including the step that ends the episode, zero after it.
+
+    :param ended: 1 where the transition is the last of its episode, else 0, (B, H)
+    :return: (B, H)
+    """
+    alive = th.cumprod(1 - ended[:, :-1], dim=1)
+    return th.cat([th.ones_like(ended[:, :1]), alive], dim=1)
+
+
+def encoder_loss(
+    predicted_z_s: th.Tensor,
+    target_z_s: th.Tensor,
+    reward_logits: th.Tensor,
+    rewards: th.Tensor,
+    predicted_terminated: th.Tensor,
+    terminated: th.Tensor,
+    mask: th.Tensor,
+    bins: th.Tensor,
+    *,
+    dynamics_weight: float = 1.0,
+    reward_weight: float = 0.1,
+    termination_weight: float | th.Tensor = 0.1,
+) -> EncoderLoss:
+    """
+    The loss of the encoder, unrolled over the horizon (equations 14 to 17 of the paper). Means run over the whole batch,
+    masked entries included; the sum over the horizon is not averaged.
+
+    :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
+    :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)
+    :param reward_logits: predicted logits over the reward bins, (B, H, K)
+    :param rewards: (B, H)
+    :param predicted_terminated: (B, H)
+    :param terminated: 1 where the episode terminated (not truncated), else 0, (B, H)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
+    :param bins: centres of the reward bins, (K,)
+    :param dynamics_weight: weight of the embedding term
+    :param reward_weight: weight of the reward term
+    :param termination_weight: weight of the termination term, a 0-d tensor where it changes during training
+    :return: the weighted sum and the three terms
+    """
+    batch_size = mask.shape[0]
+    dynamics = (mask * F.mse_loss(predicted_z_s, target_z_s, reduction="none").mean(dim=-1)).sum() / batch_size
+    cross_entropy = -(two_hot(rewards, bins) * F.log_softmax(reward_logits, dim=-1)).sum(dim=-1)
+    reward = (mask * cross_entropy).sum() / batch_size
+    termination = (mask * (predicted_terminated - terminated) ** 2).sum() / batch_size
+    total = dynamics_weight * dynamics + reward_weight * reward + termination_weight * termination
+    return EncoderLoss(total, dynamics, reward, termination)
+
+
+def n_step_return(rewards: th.Tensor, terminated: th.Tensor, mask: th.Tensor, gamma: float) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Discounted sum of the rewards up to and including the last transition of the episode, and the factor of the value after it
+    (equation 19 of the paper): gamma to the number of transitions, zero after a termination.
+
+    :param rewards: (B, n)
+    :param terminated: 1 where the episode terminated (not truncated), else 0, (B, n)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, n)
+    :param gamma: discount factor
+    :return: sum of rewards and discount of the bootstrap value, (B, 1) each
+    """
+    steps = th.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
+    returns = (mask * gamma**steps * rewards).sum(dim=1, keepdim=True)
+    alive = 1 - (mask * terminated).amax(dim=1, keepdim=True)
+    discount = alive * gamma ** mask.sum(dim=1, keepdim=True)
+    return returns, discount
+
+
+def value_target(
+    returns: th.Tensor,
+    discount: th.Tensor,
+    next_q: th.Tensor,
+    reward_scale: float | th.Tensor,
+    target_reward_scale: float | th.Tensor,
+) -> th.Tensor:
+    """
+    The n-step target in units of the current reward scale (equation 19 of the paper).
+
+    :param returns: discounted sum of rewards, (B, 1)
+    :param discount: factor of the bootstrap value, (B, 1)
+    :param next_q: target values at the last observation and the target policy's action, (B, n_critics)
+    :param reward_scale: mean absolute reward of the buffer, in which the online values are expressed
+    :param target_reward_scale: the one in which the target values are expressed
+    :return: (B, 1)
+    """
+    return (returns + discount * target_reward_scale * next_q.amin(dim=1, keepdim=True)) / reward_scale
+
+
+def value_loss(q: th.Tensor, target: th.Tensor) -> th.Tensor:
+    """
+    Smooth-L1 loss (Huber, beta 1), mean over batch and heads (equation 18 of the paper).
+
+    :param q: (B, n_critics)
+    :param target: (B, 1)
+    :return: 0-d
+    """
+    return F.smooth_l1_loss(q, target.expand_as(q))
+
+
+def policy_loss(q: th.Tensor, pre_activation: th.Tensor, pre_activation_weight: float = 1e-5) -> th.Tensor:
+    """
+    Deterministic policy gradient with a small penalty on the pre-activations (equation 20 of the paper).
+
+    :param q: values of the policy's actions, (B, n_critics)
+    :param pre_activation: the policy's output before tanh or softmax, (B, A)
+    :param pre_activation_weight: weight of the penalty
+    :return: 0-d
+    """
+    return -q.mean() + pre_activation_weight * pre_activation.square().mean()
+
+
+def td_priority(q: th.Tensor, target: th.Tensor, alpha: float = 0.4, min_td_error: float = 1.0) -> th.Tensor:
+    """
+    Priority of LAP (Fujimoto et al., 2020, arXiv 2007.06049): the largest absolute error of the heads, at least
+    ``min_td_error``, to the power ``alpha``.
+
+    :param q: (B, n_critics)
+    :param target: (B, 1)
+    :param alpha: exponent, 0 for uniform sampling
+    :param min_td_error: errors below this share one priority (where the Huber loss is quadratic)
+    :return: (B,)
+    """
+    return (q - target).abs().amax(dim=1).clamp_min(min_td_error) ** alpha

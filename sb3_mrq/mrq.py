@@ -1,0 +1,601 @@
+"""
+MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), logging, and what is saved.
+"""
+
+import io
+import pathlib
+import warnings
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
+from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.augmentation import random_shift
+from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
+from sb3_mrq.networks import Actor, Critic, Encoder
+from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
+
+
+def unbind_time(obs: Observation) -> list[Observation]:
+    """
+    :param obs: (B, T, ...) or a dict of these
+    :return: T observations (B, ...) or dicts of these
+    """
+    if isinstance(obs, dict):
+        steps = zip(*(value.unbind(1) for value in obs.values()), strict=True)
+        return [dict(zip(obs, step, strict=True)) for step in steps]
+    return list(obs.unbind(1))
+
+
+SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
+
+
+class MRQ(OffPolicyAlgorithm):
+    """
+    Model-based Representations for Q-learning (MR.Q).
+
+    Paper: "Towards General-Purpose Model-Free Reinforcement Learning", Fujimoto, D'Oro, Zhang, Tian and Rabbat, ICLR 2025,
+    https://arxiv.org/abs/2501.16142
+
+    The default hyperparameters are the paper's and are meant for every task: continuous and discrete actions, vectors and
+    images.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of value heads and policy,
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param buffer_size: size of the replay buffer, over all environments. The final observation of an episode takes a place of
+        its own: an episode of m steps takes m + 1.
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts, over all
+        environments. Until then actions are uniformly random.
+    :param batch_size: Minibatch size for each gradient update
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
+        like ``(5, "step")`` or ``(2, "episode")``.
+    :param gradient_steps: How many training steps to do after each rollout (see ``train_freq``)
+        Set to ``-1`` means to do as many as steps done in the environment during the rollout.
+    :param action_noise: exploration noise for Box actions, in place of the built-in Gaussian noise (see ``exploration_noise``)
+    :param replay_buffer_class: Replay buffer class to use, a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` (the default)
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Accepted as in other algorithms, but of no effect: observations are always stored once.
+    :param n_steps: Horizon of the value target
+    :param encoder_horizon: Horizon over which the encoder predicts
+    :param target_update_interval: Every so many training steps the target networks are replaced, the reward scale is
+        renewed, and as many encoder updates follow at once. Training steps are counted, not environment steps as in DQN.
+    :param encoder_learning_rate: learning rate of the encoder,
+        it can be a function of the current progress remaining (from 1 to 0)
+    :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] where transitions are
+        collected. Half of it is added to the one-hot vectors of discrete actions; so for the next two.
+    :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
+    :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
+    :param max_grad_norm: Bound on the gradient norm of the value heads
+    :param priority_alpha: Exponent of the priorities of the replay buffer, 0 for uniform sampling
+    :param min_td_error: Transitions with a TD error below this have one priority
+    :param dynamics_loss_weight: Weight of the embedding term of the encoder loss
+    :param reward_loss_weight: Weight of the reward term of the encoder loss
+    :param termination_loss_weight: Weight of the termination term of the encoder loss, which is
+        left out until an episode has terminated
+    :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
+    :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`~sb3_mrq.policies.MRQPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: MRQPolicy
+    replay_buffer: SubtrajectoryReplayBuffer | None
+    encoder: Encoder
+    encoder_target: Encoder
+    critic: Critic
+    critic_target: Critic
+    actor: Actor
+    actor_target: Actor
+
+    # Training steps between two transfers of the losses from the device to the logger
+    METRICS_INTERVAL = 50
+
+    def __init__(
+        self,
+        policy: str | type[MRQPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,  # 1e6
+        learning_starts: int = 10_000,
+        batch_size: int = 256,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = -1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = True,
+        n_steps: int = 3,
+        encoder_horizon: int = 5,
+        target_update_interval: int = 250,
+        encoder_learning_rate: float | Schedule = 1e-4,
+        exploration_noise: float = 0.2,
+        target_policy_noise: float = 0.2,
+        target_noise_clip: float = 0.3,
+        max_grad_norm: float = 20.0,
+        priority_alpha: float = 0.4,
+        min_td_error: float = 1.0,
+        dynamics_loss_weight: float = 1.0,
+        reward_loss_weight: float = 0.1,
+        termination_loss_weight: float = 0.1,
+        pre_activation_weight: float = 1e-5,
+        random_shift_pad: int = 4,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            gamma=gamma,
+            train_freq=train_freq,
+            gradient_steps=gradient_steps,
+            action_noise=action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            support_multi_env=True,
+        )
+        self.n_steps = n_steps
+        self.encoder_horizon = encoder_horizon
+        self.target_update_interval = target_update_interval
+        self.encoder_learning_rate = encoder_learning_rate
+        self.exploration_noise = exploration_noise
+        self.target_policy_noise = target_policy_noise
+        self.target_noise_clip = target_noise_clip
+        self.max_grad_norm = max_grad_norm
+        self.priority_alpha = priority_alpha
+        self.min_td_error = min_td_error
+        self.dynamics_loss_weight = dynamics_loss_weight
+        self.reward_loss_weight = reward_loss_weight
+        self.termination_loss_weight = termination_loss_weight
+        self.pre_activation_weight = pre_activation_weight
+        self.random_shift_pad = random_shift_pad
+
+        # rbar and rbar': mean absolute reward of the buffer when the targets were last replaced, and the time before
+        self.reward_scale = 1.0
+        self.target_reward_scale = 0.0
+
+        if _init_setup_model:
+            self._setup_model()
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        make_actions(vec_env.action_space)  # raises an error for spaces that are not supported, with the remedy
+        return vec_env
+
+    def _check_hyperparameters(self) -> None:
+        """
+        :raises ValueError: for values that cannot work, before any work is lost
+        """
+        for name in ("n_steps", "encoder_horizon", "batch_size", "target_update_interval"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        for name in ("exploration_noise", "target_policy_noise", "target_noise_clip", "priority_alpha", "random_shift_pad"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} is {value}, but must not be negative.")
+        for name in ("max_grad_norm", "min_td_error"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} is {value}, but must be positive.")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma is {self.gamma}, but must be between 0 and 1.")
+        if self.action_noise is not None and not isinstance(self.action_space, spaces.Box):
+            raise ValueError(
+                f"action_noise is for Box actions, not {self.action_space}: leave it out and set exploration_noise instead."
+            )
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SubtrajectoryReplayBuffer
+        if not issubclass(self.replay_buffer_class, SubtrajectoryReplayBuffer):
+            raise ValueError(
+                f"{self.replay_buffer_class.__name__} cannot give the sub-trajectories that MR.Q learns from: leave "
+                "replay_buffer_class out, or derive a class from sb3_mrq.buffers.SubtrajectoryReplayBuffer."
+            )
+
+    def _setup_model(self) -> None:
+        # Not that of OffPolicyAlgorithm, in which n_steps chooses another replay buffer
+        self._check_hyperparameters()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+
+        if self.replay_buffer is None:
+            assert self.replay_buffer_class is not None
+            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=self.n_envs,
+                **{"horizon": self.encoder_horizon, "n_steps": self.n_steps, **self.replay_buffer_kwargs},
+            )
+
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            encoder_lr_schedule=self.encoder_lr_schedule,
+            **self.policy_kwargs,
+        )
+        self.policy = self.policy.to(self.device)
+        self._create_aliases()
+        self._convert_train_freq()
+        self.learner = Learner(
+            self.encoder,
+            self.encoder_target,
+            self.critic,
+            self.critic_target,
+            self.actor,
+            self.actor_target,
+            self.policy.actions,
+            gamma=self.gamma,
+            max_grad_norm=self.max_grad_norm,
+            target_policy_noise=self.target_policy_noise,
+            target_noise_clip=self.target_noise_clip,
+            dynamics_weight=self.dynamics_loss_weight,
+            reward_weight=self.reward_loss_weight,
+            termination_weight=self.termination_loss_weight,
+            pre_activation_weight=self.pre_activation_weight,
+            priority_alpha=self.priority_alpha,
+            min_td_error=self.min_td_error,
+        )
+        # Metrics of the last updates, on the device until they are logged
+        self._encoder_metrics: list[EncoderMetrics] = []
+        self._value_policy_metrics: list[ValuePolicyMetrics] = []
+
+    def _create_aliases(self) -> None:
+        self.encoder = self.policy.encoder
+        self.encoder_target = self.policy.encoder_target
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+        self.actor = self.policy.actor
+        self.actor_target = self.policy.actor_target
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        self.encoder_lr_schedule = FloatSchedule(self.encoder_learning_rate)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        assert self.replay_buffer is not None
+        self._check_replay_buffer(self.replay_buffer)
+        self.replay_buffer.check_size()
+        last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
+        if last_step <= self.learning_starts:
+            warnings.warn(
+                f"Nothing will be learned: {last_step} steps end before learning_starts={self.learning_starts}. Train for "
+                "longer, or let learning start earlier.",
+                stacklevel=3,
+            )
+        # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices that
+        # the environment was reset.
+        self.optimize_memory_usage = False
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._check_finite(self._last_obs, "observation")
+        return total_timesteps, callback
+
+    def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
+        """
+        :raises ValueError: if training cannot go on with a replay buffer
+        """
+        if not isinstance(replay_buffer, SubtrajectoryReplayBuffer):
+            raise ValueError(
+                f"MR.Q learns from a SubtrajectoryReplayBuffer, not from a {type(replay_buffer).__name__}: start with "
+                "an empty buffer."
+            )
+        for name, theirs, ours in (
+            ("number of environments", replay_buffer.n_envs, self.n_envs),
+            ("horizon", replay_buffer.horizon, self.encoder_horizon),
+            ("n_steps", replay_buffer.n_steps, self.n_steps),
+            ("observation space", replay_buffer.observation_space, self.observation_space),
+            ("action space", replay_buffer.action_space, self.action_space),
+        ):
+            if theirs != ours:
+                raise ValueError(
+                    f"The replay buffer was made for another {name}: {theirs}, but the model has {ours}. Use the same one "
+                    "as when the buffer was saved, or start with an empty buffer."
+                )
+
+    def load_replay_buffer(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        truncate_last_traj: bool = True,
+    ) -> None:
+        """
+        Load a replay buffer from a pickle file.
+
+        :param path: Path to the pickled replay buffer.
+        :param truncate_last_traj: of no effect: the buffer itself notices whether the environment goes on where it ended
+        :raises ValueError: if it is no SubtrajectoryReplayBuffer, or one for other environments; the present buffer stays then
+        """
+        present = self.replay_buffer
+        try:
+            super().load_replay_buffer(path, truncate_last_traj)
+            assert self.replay_buffer is not None
+            self._check_replay_buffer(self.replay_buffer)
+        except BaseException:
+            self.replay_buffer = present
+            raise
+
+    def _check_finite(self, values: Any, name: str) -> None:
+        """
+        :param values: observations or rewards of all environments, (n_envs, ...) or a dict of these
+        :param name: what they are
+        :raises ValueError: if one is infinite or not a number
+        """
+        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            if not np.issubdtype(value.dtype, np.floating) or np.isfinite(value).all():
+                continue
+            index = tuple(np.argwhere(~np.isfinite(value))[0])
+            raise ValueError(
+                f"Environment {index[0]} gave the {name} {value[index]}{'' if key is None else f' under {key!r}'} at step "
+                f"{self.num_timesteps}: MR.Q cannot learn from it. The replay buffer holds what came before."
+            )
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        self._check_finite(reward, "reward")
+        self._check_finite(new_obs, "observation")
+        for info, done in zip(infos, dones, strict=True):
+            final_obs = info.get("terminal_observation") if done else None
+            if final_obs is not None:
+                by_key = isinstance(final_obs, dict)
+                batch = {key: np.asarray(v)[None] for key, v in final_obs.items()} if by_key else np.asarray(final_obs)[None]
+                self._check_finite(batch, "final observation")
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """
+        Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
+        """
+        rollout = super().collect_rollouts(*args, **kwargs)
+        if not rollout.continue_training:
+            # A callback stopped after a step that was not stored: go on from a reset, not from an observation that is past
+            self._last_obs = None
+        return rollout
+
+    def _sample_action(
+        self,
+        learning_starts: int,
+        action_noise: ActionNoise | None = None,
+        n_envs: int = 1,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts:
+            # Warmup phase
+            action = np.array([self.action_space.sample() for _ in range(n_envs)])
+            return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action
+
+        assert self._last_obs is not None, "self._last_obs was not set"
+        buffer_action = self.policy.explore(self._last_obs, 0.0 if action_noise is not None else self.exploration_noise)
+        buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
+        if not isinstance(self.action_space, spaces.Box):
+            return buffer_action, buffer_action
+        if action_noise is not None:
+            noise = np.reshape(action_noise(), buffer_action.shape)
+            buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
+        return self.policy.unscale_action(buffer_action), buffer_action
+
+    def _preprocess(self, obs: Observation) -> Observation:
+        """
+        :param obs: sampled observations, (B, ...) or a dict of these
+        :return: as the encoder takes them, images randomly shifted
+        """
+        if self.random_shift_pad > 0:
+            if isinstance(obs, dict):
+                assert isinstance(self.observation_space, spaces.Dict)
+                obs = {key: self._augment(value, self.observation_space[key]) for key, value in obs.items()}
+            else:
+                obs = self._augment(obs, self.observation_space)
+        return self.policy.preprocess(obs)
+
+    def _augment(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
+        if not is_image_space(space, normalized_image=not self.policy.normalize_images):
+            return obs
+        return random_shift(obs, self.random_shift_pad)
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        assert self.replay_buffer is not None
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+
+        # Update learning rates according to their schedules
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        encoder_learning_rate = self.encoder_lr_schedule(self._current_progress_remaining)
+        update_learning_rate(self.encoder.optimizer, encoder_learning_rate)
+        self.logger.record("train/encoder_learning_rate", encoder_learning_rate)
+
+        for _ in range(gradient_steps):
+            # Where the first episode is shorter than the horizon there is nothing yet
+            if self.replay_buffer.n_sampleable == 0:
+                break
+
+            # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
+            if self._n_updates % self.target_update_interval == 0:
+                self._replace_targets()
+                for _ in range(self.target_update_interval):
+                    self._update_encoder(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env))
+                self._log_encoder()
+
+            # One value and one policy update
+            samples = self.replay_buffer.sample_n_step(batch_size, env=self._vec_normalize_env)
+            priorities = self._update_value_and_policy(samples)
+            self.replay_buffer.update_priorities(samples.indices, priorities.cpu().numpy())
+
+            self._n_updates += 1
+            if self._n_updates % self.METRICS_INTERVAL == 1:
+                self._log_value_and_policy()
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _replace_targets(self) -> None:
+        """
+        Replace all target networks and renew the reward scale; the targets keep the scale they were trained under.
+        """
+        assert self.replay_buffer is not None
+        self.learner.replace_targets()
+        # Before the first replacement there is no scale that the targets were trained under
+        self.target_reward_scale = self.reward_scale if self._n_updates > 0 else 0.0
+        self.reward_scale = max(self.replay_buffer.mean_abs_reward(self._vec_normalize_env), 1e-8)
+
+    def _update_encoder(self, samples: SubtrajectorySamples) -> None:
+        """
+        One encoder update.
+
+        :param samples: a batch from the replay buffer
+        """
+        assert self.replay_buffer is not None
+        obs = [self._preprocess(step) for step in unbind_time(samples.observations)]
+        metrics = self.learner.update_encoder(
+            obs[0],
+            obs[1:],
+            self.policy.actions.encode(samples.actions),
+            samples.rewards,
+            samples.terminated,
+            samples.mask,
+            termination_switch=float(self.replay_buffer.has_terminated),
+        )
+        self._encoder_metrics.append(metrics)
+
+    def _update_value_and_policy(self, samples: NStepSamples) -> th.Tensor:
+        """
+        One value and one policy update.
+
+        :param samples: a batch from the replay buffer
+        :return: new priorities, (B,)
+        """
+        priorities, metrics = self.learner.update_value_and_policy(
+            self._preprocess(samples.observations),
+            self.policy.actions.encode(samples.actions),
+            samples.rewards,
+            samples.terminated,
+            samples.mask,
+            self._preprocess(samples.next_observations),
+            self.reward_scale,
+            self.target_reward_scale,
+            self.learner.sample_noise(len(samples.indices)),
+        )
+        self._value_policy_metrics.append(metrics)
+        return priorities
+
+    def _record_means(self, metrics: list[Any]) -> None:
+        """Record the means of named tuples of 0-d tensors, after one transfer from the device, and forget them."""
+        means = th.stack([th.stack(entry) for entry in metrics]).mean(dim=0).tolist()
+        for name, mean in zip(metrics[0]._fields, means, strict=True):
+            self.logger.record(f"train/{name}", mean)
+        metrics.clear()
+
+    def _log_encoder(self) -> None:
+        """
+        Record what there is to know about the encoder updates just done, and about the embedding they led to.
+        """
+        assert self.replay_buffer is not None
+        self._record_means(self._encoder_metrics)
+        samples = self.replay_buffer.sample_n_step(self.batch_size, env=self._vec_normalize_env)
+        with th.no_grad():
+            z_s = self.encoder.state(self.policy.preprocess(samples.observations))
+        # Effective rank (Roy and Vetterli, 2007): exponential of the entropy of the normalised singular values
+        shares = th.linalg.svdvals(z_s)
+        shares = shares / shares.sum()
+        rank = th.special.entr(shares).sum().exp()
+        values = th.stack([grad_norm(self.encoder), z_s.norm(dim=1).mean(), rank]).tolist()
+        for name, value in zip(("encoder_grad_norm", "z_s_norm", "z_s_effective_rank"), values, strict=True):
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/reward_scale", self.reward_scale)
+
+    def _log_value_and_policy(self) -> None:
+        """Record what there is to know about the last value and policy updates."""
+        self._record_means(self._value_policy_metrics)
+        self.logger.record("train/actor_grad_norm", grad_norm(self.actor).item())
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, that of the last updates included.
+        """
+        if self._value_policy_metrics:
+            self._log_value_and_policy()
+        super().dump_logs()
+
+    def learn(
+        self: SelfMRQ,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "MRQ",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfMRQ:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
+        return [*super()._excluded_save_params(), *networks, "learner", "_encoder_metrics", "_value_policy_metrics"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]
+        return state_dicts, []

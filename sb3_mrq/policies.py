@@ -1,0 +1,320 @@
+"""
+MR.Q's policies: the networks assembled for a pair of spaces, their optimisers, and acting.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
+from sb3_mrq.networks import ELU, Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
+
+DEFAULT_NET_ARCH = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
+
+
+def complete_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> dict[str, list[int]]:
+    """
+    :param net_arch: hidden layers for ``encoder``, ``qf`` and ``pi``, those left out are the defaults;
+        a list means ``qf`` and ``pi``, as in TD3
+    :return: hidden layers for all three
+    :raises ValueError: for other keys, sizes below 1, or an encoder without hidden layers
+    """
+    if isinstance(net_arch, (list, tuple)):
+        net_arch = {"qf": list(net_arch), "pi": list(net_arch)}
+    unknown = set(net_arch or {}) - set(DEFAULT_NET_ARCH)
+    if unknown:
+        raise ValueError(f"net_arch takes the keys {', '.join(DEFAULT_NET_ARCH)}, not {', '.join(sorted(unknown))}.")
+    complete = {key: list(sizes) for key, sizes in (DEFAULT_NET_ARCH | (net_arch or {})).items()}
+    for key, sizes in complete.items():
+        if any(size < 1 for size in sizes) or (key == "encoder" and not sizes):
+            raise ValueError(
+                f"net_arch[{key!r}] is {sizes}: every layer needs at least one unit, the encoder at least one layer."
+            )
+    return complete
+
+
+class MRQPolicy(BasePolicy):
+    """
+    Policy class of MR.Q: encoder, value heads and actor with their target copies and optimisers.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule of value heads and actor
+    :param net_arch: Hidden layers as a dict with the keys ``encoder``, ``qf`` and ``pi`` (those left out keep their
+        defaults), or a list that means ``qf`` and ``pi``. ``encoder`` is used twice: for the extractor of vector
+        observations, and for the state-action encoder.
+    :param activation_fn: Activation function of encoder and value heads
+    :param actor_activation_fn: Activation function of the actor
+    :param z_s_dim: Size of the state embedding
+    :param z_a_dim: Size of the action embedding
+    :param z_sa_dim: Size of the state-action embedding
+    :param n_reward_bins: Number of bins of the two-hot reward encoding
+    :param reward_bins_limit: The outer bins stand for rewards of plus and minus ``exp(reward_bins_limit) - 1``
+    :param gumbel_temperature: Temperature of the Gumbel-softmax of discrete actions
+    :param features_extractor_class: Features extractor of the state encoder. It is trained by the encoder loss, with the
+        encoder's optimiser, and has a target copy like the rest of the encoder.
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
+    :param optimizer_class: The optimizer to use, ``th.optim.AdamW`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer. AdamW gets
+        a weight decay of 1e-4 where they give none.
+    :param n_critics: Number of value heads
+    :param encoder_lr_schedule: Learning rate schedule of the encoder, that of the others if None
+    """
+
+    encoder: Encoder
+    encoder_target: Encoder
+    critic: Critic
+    critic_target: Critic
+    actor: Actor
+    actor_target: Actor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = ELU,
+        actor_activation_fn: type[nn.Module] = nn.ReLU,
+        z_s_dim: int = 512,
+        z_a_dim: int = 256,
+        z_sa_dim: int = 512,
+        n_reward_bins: int = 65,
+        reward_bins_limit: float = 10.0,
+        gumbel_temperature: float = 10.0,
+        features_extractor_class: type[BaseFeaturesExtractor] = MLPExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        encoder_lr_schedule: Schedule | None = None,
+    ):
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        if n_critics < 1:
+            raise ValueError(f"n_critics is {n_critics}: MR.Q needs at least one value head.")
+        self.net_arch = complete_net_arch(net_arch)
+        self.activation_fn = activation_fn
+        self.actor_activation_fn = actor_activation_fn
+        self.z_s_dim = z_s_dim
+        self.z_a_dim = z_a_dim
+        self.z_sa_dim = z_sa_dim
+        self.n_reward_bins = n_reward_bins
+        self.reward_bins_limit = reward_bins_limit
+        self.gumbel_temperature = gumbel_temperature
+        self.n_critics = n_critics
+        self.actions = make_actions(action_space, gumbel_temperature)
+        self._build(lr_schedule, encoder_lr_schedule or lr_schedule)
+
+    def _build(self, lr_schedule: Schedule, encoder_lr_schedule: Schedule) -> None:
+        self.encoder = self.make_encoder()
+        self.critic = Critic(self.z_sa_dim, self.net_arch["qf"], self.activation_fn, self.n_critics)
+        self.actor = Actor(self.z_s_dim, self.actions.dim, self.net_arch["pi"], self.actor_activation_fn)
+        self.encoder_target = deepcopy(self.encoder).requires_grad_(False)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self.actor_target = deepcopy(self.actor).requires_grad_(False)
+        self.encoder.optimizer = self.make_optimizer(self.encoder, encoder_lr_schedule(1))
+        self.critic.optimizer = self.make_optimizer(self.critic, lr_schedule(1))
+        self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
+        self.set_training_mode(False)
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """
+        Create the features extractor. MR.Q's own ones follow ``net_arch``, ``activation_fn`` and ``normalize_images`` unless
+        ``features_extractor_kwargs`` says otherwise.
+        """
+        kwargs: dict[str, Any] = {}
+        if issubclass(self.features_extractor_class, (MLPExtractor, CNNExtractor, MultiInputExtractor)):
+            kwargs["activation_fn"] = self.activation_fn
+        if issubclass(self.features_extractor_class, (MLPExtractor, MultiInputExtractor)):
+            kwargs["net_arch"] = self.net_arch["encoder"]
+        if issubclass(self.features_extractor_class, (CNNExtractor, MultiInputExtractor)):
+            kwargs["normalized_image"] = not self.normalize_images
+        return self.features_extractor_class(self.observation_space, **(kwargs | self.features_extractor_kwargs))
+
+    def make_encoder(self) -> Encoder:
+        """Create the state encoder, the state-action encoder and the linear MDP predictor."""
+        extractor = self.make_features_extractor()
+        return Encoder(
+            StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn),
+            StateActionEncoder(
+                self.z_s_dim, self.actions.dim, self.z_a_dim, self.z_sa_dim, self.net_arch["encoder"], self.activation_fn
+            ),
+            MDPPredictor(self.z_sa_dim, self.z_s_dim, self.n_reward_bins, self.reward_bins_limit),
+        )
+
+    def make_optimizer(self, network: nn.Module, learning_rate: float) -> th.optim.Optimizer:
+        """
+        :param network: whose parameters to optimise
+        :param learning_rate: at the start
+        :return: the optimiser
+        """
+        kwargs = dict(self.optimizer_kwargs)
+        if issubclass(self.optimizer_class, th.optim.AdamW):
+            kwargs.setdefault("weight_decay", 1e-4)
+            kwargs.setdefault("fused", not {"foreach", "capturable", "differentiable"} & kwargs.keys())
+        return self.optimizer_class(network.parameters(), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            dict(
+                lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+                net_arch=self.net_arch,
+                activation_fn=self.activation_fn,
+                actor_activation_fn=self.actor_activation_fn,
+                z_s_dim=self.z_s_dim,
+                z_a_dim=self.z_a_dim,
+                z_sa_dim=self.z_sa_dim,
+                n_reward_bins=self.n_reward_bins,
+                reward_bins_limit=self.reward_bins_limit,
+                gumbel_temperature=self.gumbel_temperature,
+                features_extractor_class=self.features_extractor_class,
+                features_extractor_kwargs=self.features_extractor_kwargs,
+                optimizer_class=self.optimizer_class,
+                optimizer_kwargs=self.optimizer_kwargs,
+                n_critics=self.n_critics,
+            )
+        )
+        return data
+
+    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        :param obs: observations as the environment gives them, (B, ...) or a dict of these
+        :return: floats, images divided by 255, discrete observations one-hot, as the encoder takes them
+        """
+        if isinstance(obs, dict):
+            assert isinstance(self.observation_space, spaces.Dict)
+            return {key: self._preprocess(value, self.observation_space[key]) for key, value in obs.items()}
+        return self._preprocess(obs, self.observation_space)
+
+    def _preprocess(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
+        # SB3 takes spaces that start at zero
+        if isinstance(space, spaces.Discrete) and space.start != 0:
+            obs = obs - int(space.start)
+        elif isinstance(space, spaces.MultiDiscrete) and np.any(space.start):
+            obs = obs - th.as_tensor(space.start, device=obs.device)
+        return preprocess_obs(obs, space, normalize_images=self.normalize_images)  # type: ignore[return-value]
+
+    def pre_activation(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations as the environment gives them, (B, ...) or a dict of these
+        :return: the actor's output before its activation, (B, A)
+        """
+        return self.actor(self.encoder.state(self.preprocess(obs)))
+
+    def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(observation, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.actions.act(self.pre_activation(observation), deterministic)
+
+    @th.no_grad()
+    def explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
+        """
+        Act as where transitions are collected: with exploration noise.
+
+        :param observation: a batch of observations, (n_envs, ...)
+        :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]; half of it is used for
+            discrete actions
+        :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
+        """
+        obs_tensor, _ = self.obs_to_tensor(observation)
+        return self.actions.explore(self.pre_activation(obs_tensor), noise).cpu().numpy()
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """
+        Rescale the action from [low, high] to [-1, 1], in float64 (bounds may be as wide as float32 goes).
+
+        :param action: Action to scale
+        :return: Scaled action, float32
+        """
+        assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
+        low, high = self.action_space.low.astype(np.float64), self.action_space.high.astype(np.float64)
+        return (2.0 * ((action - low) / (high - low)) - 1.0).astype(np.float32)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """
+        Rescale the action from [-1, 1] to [low, high], in float64, and keep rounding from leaving the space.
+
+        :param scaled_action: Action to un-scale
+        :return: Action in the space, of its dtype
+        """
+        assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
+        low, high = self.action_space.low.astype(np.float64), self.action_space.high.astype(np.float64)
+        action = low + 0.5 * (np.asarray(scaled_action, dtype=np.float64) + 1.0) * (high - low)
+        return np.clip(action.astype(self.action_space.dtype), self.action_space.low, self.action_space.high)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode. Targets are always in evaluation mode.
+
+        This affects certain modules, such as batch normalisation and dropout.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        for network in (self.encoder, self.critic, self.actor):
+            network.train(mode)
+        for target in (self.encoder_target, self.critic_target, self.actor_target):
+            target.train(False)
+        self.training = mode
+
+
+MlpPolicy = MRQPolicy
+
+
+class CnnPolicy(MRQPolicy):
+    """
+    Policy class of MR.Q for images. The parameters are those of :class:`MRQPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = CNNExtractor,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
+
+
+class MultiInputPolicy(MRQPolicy):
+    """
+    Policy class of MR.Q for Dict observations of images and vectors. The parameters are those of :class:`MRQPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = MultiInputExtractor,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )

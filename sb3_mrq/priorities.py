@@ -1,0 +1,86 @@
+"""
+Sampling of indices in proportion to their priorities, cheaper than a pass over all of them.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+
+class PriorityTree:
+    """
+    A tree of sums with a fan-out of 32: the leaves are the priorities, each node above is the sum of its 32 children.
+    Changing or drawing an index visits one node a level, at most five for 33 million indices. Sums are recomputed from the
+    children whenever one changes, never updated by differences, so that no rounding error accumulates.
+
+    :param capacity: number of indices, at least 1
+    """
+
+    FAN_OUT = 32
+    # Small trees have as many levels as one of a million leaves: it costs little, and sampling takes the same time
+    MIN_LEVELS = 4
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        # Leaves first. Each level is (nodes, FAN_OUT): row i holds the children of node i of the next level. np.zeros
+        # reserves address space only: memory is taken by the pages that are written to.
+        self._levels: list[np.ndarray] = []
+        nodes = capacity
+        while len(self._levels) < self.MIN_LEVELS or nodes > 1:
+            nodes = -(-nodes // self.FAN_OUT)
+            self._levels.append(np.zeros((nodes, self.FAN_OUT)))
+
+    @property
+    def total(self) -> float:
+        """Sum of all priorities."""
+        return float(self._levels[-1].sum())
+
+    def clear(self) -> None:
+        """Set all priorities to zero."""
+        for level in self._levels:
+            level.fill(0.0)
+
+    def get(self, indices: np.ndarray) -> np.ndarray:
+        """
+        :param indices: (n,)
+        :return: their priorities, (n,)
+        """
+        return self._levels[0].reshape(-1)[indices]
+
+    def set(self, indices: np.ndarray, priorities: np.ndarray | float) -> None:
+        """
+        :param indices: (n,), where one stands twice the last one counts
+        :param priorities: finite, not negative, (n,) or one for all
+        """
+        self._levels[0].reshape(-1)[indices] = priorities
+        nodes = np.asarray(indices)
+        for children, parents in pairwise(self._levels):
+            nodes = nodes // self.FAN_OUT
+            parents.reshape(-1)[nodes] = children[nodes].sum(axis=1)
+
+    def sample(self, n: int) -> np.ndarray:
+        """
+        Draw indices independently, each with probability proportional to its priority.
+
+        :param n: number of indices
+        :return: (n,)
+        :raises ValueError: if all priorities are zero
+        """
+        if not self._levels[-1].any():
+            raise ValueError("Nothing to sample: all priorities are zero.")
+        nodes = np.zeros(n, dtype=np.int64)
+        rows = np.arange(n)
+        # Where in the node's share of the total the draw falls, from 0 to 1. It is rescaled at each level, which keeps more
+        # than 30 of its 53 random bits for the leaves and, unlike a remainder of the total, cannot fall outside a node
+        # through rounding.
+        position = np.random.random(n)
+        for level in reversed(self._levels):
+            cumulative = level[nodes].cumsum(axis=1)
+            total = cumulative[:, -1]
+            mass = np.minimum(position * total, np.nextafter(total, 0.0))
+            child = (cumulative <= mass[:, None]).sum(axis=1)
+            upper = cumulative[rows, child]
+            lower = np.where(child > 0, cumulative[rows, child - 1], 0.0)
+            position = (mass - lower) / (upper - lower)
+            nodes = nodes * self.FAN_OUT + child
+        return nodes

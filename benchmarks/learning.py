@@ -1,0 +1,160 @@
+"""
+Train MR.Q with its default hyperparameters on one task and write the evaluation returns to a CSV file.
+
+    python -m benchmarks.learning cartpole-swingup --seed 0 --steps 20000
+    python -m benchmarks.learning CartPole-v1 --seed 0 --steps 20000 --eval-freq 1000 --until 475
+
+A name such as ``cartpole-swingup`` is a task of the DeepMind Control suite, any other an environment of gymnasium. dm_control
+tasks are preprocessed as in the paper: flattened observations, every action repeated twice, 500 agent steps an episode.
+"""
+
+import argparse
+import csv
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import tqdm
+
+from sb3_mrq import MRQ
+
+
+class ActionRepeat(gym.Wrapper):
+    """
+    Repeat each action and sum the rewards.
+
+    :param env: the environment
+    :param n_repeats: how many times
+    """
+
+    def __init__(self, env: gym.Env, n_repeats: int):
+        super().__init__(env)
+        self.n_repeats = n_repeats
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        total = 0.0
+        for _ in range(self.n_repeats):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def processor() -> str:
+    """
+    :return: name of the processor, as far as the system tells
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def make_env(task: str) -> gym.Env:
+    """
+    :param task: ``<domain>-<task>`` of the DeepMind Control suite, or an id of gymnasium
+    :return: the environment, preprocessed
+    """
+    if task[0].islower() and "-v" not in task:
+        import shimmy
+
+        gym.register_envs(shimmy)
+        env = gym.make(f"dm_control/{task}-v0", disable_env_checker=True)
+        return ActionRepeat(gym.wrappers.FlattenObservation(env), 2)
+    return gym.make(task)
+
+
+class EvaluationCallback(BaseCallback):
+    """
+    Evaluate every so many steps and before the first one, append the returns to a CSV file, and stop where the task is solved.
+
+    :param env: evaluation environments
+    :param path: CSV file
+    :param freq: steps between two evaluations
+    :param n_episodes: episodes of an evaluation
+    :param task: value of the first column
+    :param until: mean return at which to stop, None for never
+    """
+
+    def __init__(self, env: VecEnv, path: Path, freq: int, n_episodes: int, task: str, until: float | None):
+        super().__init__()
+        self.env = env
+        self.path = path
+        self.freq = freq
+        self.n_episodes = n_episodes
+        self.task = task
+        self.until = until
+
+    def _on_training_start(self) -> None:
+        self.start = time.monotonic()
+        self._evaluate()
+
+    def _evaluate(self) -> float:
+        returns, lengths = evaluate_policy(self.model, self.env, self.n_episodes, return_episode_rewards=True)
+        row = [
+            self.task,
+            self.num_timesteps,
+            self.model.seed,
+            f"{np.mean(returns):.2f}",
+            f"{np.std(returns):.2f}",
+            f"{np.mean(lengths):.1f}",
+            round(time.monotonic() - self.start),
+        ]
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+        tqdm.write(f"{self.task} seed {self.model.seed} step {self.num_timesteps}: return {row[3]} +- {row[4]}")
+        return float(np.mean(returns))
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.freq:
+            return True
+        mean = self._evaluate()
+        return self.until is None or mean < self.until
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--eval-freq", type=int, default=5_000)
+    parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--until", type=float, help="stop at an evaluation with this mean return")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if args.threads:
+        th.set_num_threads(args.threads)
+
+    env = make_vec_env(lambda: make_env(args.task), seed=args.seed)
+    eval_env = make_vec_env(lambda: make_env(args.task), seed=args.seed + 1000)
+    model = MRQ("MlpPolicy", env, seed=args.seed)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"mrq-{args.task.replace('/', '_')}-seed{args.seed}.csv"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("stable-baselines3", "torch", "gymnasium", "numpy"))
+    with path.open("w", newline="") as file:
+        file.write(f"# command: python -m benchmarks.learning {shlex.join(sys.argv[1:])}\n")
+        file.write(f"# versions: python {platform.python_version()}, {versions}\n")
+        file.write(f"# machine: {platform.machine()}, {th.get_num_threads()} threads of {processor()}, {model.device}\n")
+        csv.writer(file).writerow(["env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds"])
+
+    callback = EvaluationCallback(eval_env, path, args.eval_freq, args.eval_episodes, args.task, args.until)
+    model.learn(args.steps, callback=callback, progress_bar=sys.stdout.isatty())
+
+
+if __name__ == "__main__":
+    main()

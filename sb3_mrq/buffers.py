@@ -157,14 +157,12 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
     def _allocate(self) -> None:
         self.check_size()
         n_places = self.buffer_size * self.n_envs
-        space, shape = self.observation_space, self.obs_shape
+        space = self.observation_space
         subspaces: dict[Any, spaces.Space] = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
-        shapes: dict[Any, tuple[int, ...]] = shape if isinstance(shape, dict) else {None: shape}
         # With more frames in a stack there might be times when nothing can be sampled
         max_stack = min(self.buffer_size - self.reach - 1, 255)
         self._storages = {
-            key: ObservationStorage(subspace, shapes[key], self.buffer_size, self.n_envs, max_stack)
-            for key, subspace in subspaces.items()
+            key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack) for key, subspace in subspaces.items()
         }
         dtype = self._maybe_cast_dtype(self.action_space.dtype)
         self.actions = np.zeros((n_places, self.action_dim), dtype=dtype)

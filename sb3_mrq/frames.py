@@ -7,6 +7,7 @@ from copy import copy
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_obs_shape
 
 
 class ObservationStorage:
@@ -21,7 +22,6 @@ class ObservationStorage:
     check fails, everything stored so far is converted, to larger frames or to whole observations.
 
     :param space: space of the observations
-    :param shape: shape of one observation in the buffer
     :param ring_size: places in each ring
     :param n_rings: number of rings
     :param max_stack: most frames a stack may have to be stored as single frames
@@ -30,7 +30,9 @@ class ObservationStorage:
     # Places converted at once where a stack turns out not to be one
     CHUNK = 256
 
-    def __init__(self, space: spaces.Space, shape: tuple[int, ...], ring_size: int, n_rings: int, max_stack: int):
+    def __init__(self, space: spaces.Space, ring_size: int, n_rings: int, max_stack: int):
+        shape = get_obs_shape(space)
+        assert isinstance(shape, tuple), f"{space} is not one kind of observation"
         self.shape = shape
         self.dtype = np.dtype(np.float32) if space.dtype == np.float64 else np.dtype(space.dtype)
         self.ring_size = ring_size

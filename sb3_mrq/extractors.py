@@ -76,7 +76,8 @@ class CNNExtractor(BaseFeaturesExtractor):
         for stride in self.STRIDES:
             layers += [nn.Conv2d(channels, self.CHANNELS, kernel_size=3, stride=stride), activation_fn()]
             channels = self.CHANNELS
-        self.layers = nn.Sequential(*layers, nn.Flatten())
+        # Channels last in memory: on a CPU the convolutions take a little more than half the time
+        self.layers = nn.Sequential(*layers, nn.Flatten()).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.layers.apply(init_weights)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
@@ -84,7 +85,7 @@ class CNNExtractor(BaseFeaturesExtractor):
         :param observations: in [0, 1], (B, C, H, W)
         :return: (B, features_dim)
         """
-        return self.layers(observations - 0.5)
+        return self.layers((observations - 0.5).contiguous(memory_format=th.channels_last))
 
 
 class MultiInputExtractor(BaseFeaturesExtractor):

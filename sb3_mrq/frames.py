@@ -87,8 +87,10 @@ class ObservationStorage:
         :param obs: first observations of all environments, (n, *shape)
         :param next_obs: the observations after them, (n, *shape)
         """
-        beginning = np.ones(len(obs), dtype=bool)
-        self.candidates = [c for c in self.candidates if self._is_stack(obs, next_obs, beginning, c)]
+        shifted = [c for c in self.candidates if np.array_equal(obs[:, c:], next_obs[:, :-c])]
+        self.candidates = [c for c in shifted if self._is_stack(obs, next_obs, np.ones(len(obs), dtype=bool), c)]
+        if shifted and not self.candidates:
+            self._warn("begin with copies of its first frame or with zeros", self.shape[0] // shifted[0])
         self._allocate(self.candidates.pop(0) if self.candidates else 0)
 
     def fits(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray) -> bool:
@@ -116,14 +118,18 @@ class ObservationStorage:
             channels = self.candidates.pop(0)
             if self._is_stack(obs, next_obs, beginning, channels) and self._convert(channels, stored, ages):
                 return
+        self._warn("continue the stack before it", self.n_stack)
+        self._convert(0, stored, ages)
+
+    def _warn(self, failure: str, n_stack: int) -> None:
+        """Tell what storing whole observations means for a stack of frames that did not do what it should."""
         size = self.n_places * int(np.prod(self.shape)) * self.dtype.itemsize
         warnings.warn(
-            f"The image observations looked like stacks of {self.n_stack} frames and were stored as single frames, but an "
-            "observation came that does not continue the stack before it. From here on they are stored whole, which takes "
-            f"{size / 1e9:.3g} GB for the full buffer instead of {size / self.n_stack / 1e9:.3g} GB.",
-            stacklevel=3,
+            f"The image observations look like stacks of {n_stack} frames, which the replay buffer stores as single frames, "
+            f"but one came that does not {failure}. From here on observations are stored whole, which takes {size / 1e9:.3g} GB for "
+            f"the full buffer instead of {size / n_stack / 1e9:.3g} GB.",
+            stacklevel=4,
         )
-        self._convert(0, stored, ages)
 
     def _convert(self, frame_channels: int, stored: np.ndarray, ages: np.ndarray) -> bool:
         """Store what is in ``stored`` in another way (see ``_allocate``) unless something would be lost."""

@@ -126,8 +126,8 @@ class ObservationStorage:
         size = self.n_places * int(np.prod(self.shape)) * self.dtype.itemsize
         warnings.warn(
             f"The image observations look like stacks of {n_stack} frames, which the replay buffer stores as single frames, "
-            f"but one came that does not {failure}. From here on observations are stored whole, which takes {size / 1e9:.3g} GB for "
-            f"the full buffer instead of {size / n_stack / 1e9:.3g} GB.",
+            f"but one came that does not {failure}. From here on observations are stored whole: {size / 1e9:.3g} GB for the "
+            f"full buffer instead of {size / n_stack / 1e9:.3g} GB.",
             stacklevel=4,
         )
 

@@ -492,8 +492,7 @@ class MRQ(OffPolicyAlgorithm):
         """
         assert self.replay_buffer is not None
         self.learner.replace_targets()
-        # Before the first replacement there is no scale that the targets were trained under
-        self.target_reward_scale = self.reward_scale if self._n_updates > 0 else 0.0
+        self.target_reward_scale = self.reward_scale
         self.reward_scale = max(self.replay_buffer.mean_abs_reward(self._vec_normalize_env), 1e-8)
 
     def _update_encoder(self, samples: SubtrajectorySamples) -> None:

@@ -375,7 +375,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         steps = np.arange(n_steps + 1)
         places = ring + (position[:, None] + steps) % self.buffer_size
         mask = np.ones((len(indices), n_steps), dtype=bool)
-        np.logical_and.accumulate((self._flags[places[:, :-2]] & ENDED) == 0, axis=1, out=mask[:, 1:])
+        np.logical_and.accumulate((self._flags.take(places[:, :-2]) & ENDED) == 0, axis=1, out=mask[:, 1:])
         length = mask.sum(axis=1)[:, None]
         return np.take_along_axis(places, np.minimum(steps, length), axis=1), mask
 
@@ -391,8 +391,8 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self, places: np.ndarray, mask: np.ndarray, env: VecNormalize | None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Rewards, terminations and the mask itself as float tensors, (B, H) each."""
-        rewards = np.where(mask, self._normalize_reward(self.rewards[places], env), np.float32(0))
-        terminated = mask & ((self._flags[places] & TERMINATED) != 0)
+        rewards = np.where(mask, self._normalize_reward(self.rewards.take(places), env), np.float32(0))
+        terminated = mask & ((self._flags.take(places) & TERMINATED) != 0)
         return (
             self.to_torch(rewards, copy=False),
             self.to_torch(terminated.astype(np.float32), copy=False),
@@ -409,7 +409,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         transitions = places[:, :-1]
         return SubtrajectorySamples(
             self._observations(places, env),
-            self.to_torch(self.actions[transitions], copy=False),
+            self.to_torch(self.actions.take(transitions, axis=0), copy=False),
             *self._masked(transitions, mask, env),
             indices,
         )
@@ -426,7 +426,9 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         first: Any = {key: value[:, 0] for key, value in both.items()} if isinstance(both, dict) else both[:, 0]
         last: Any = {key: value[:, 1] for key, value in both.items()} if isinstance(both, dict) else both[:, 1]
         rewards, terminated, mask_ = self._masked(places[:, :-1], mask, env)
-        return NStepSamples(first, self.to_torch(self.actions[indices], copy=False), rewards, terminated, mask_, last, indices)
+        return NStepSamples(
+            first, self.to_torch(self.actions.take(indices, axis=0), copy=False), rewards, terminated, mask_, last, indices
+        )
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray, env: VecNormalize | None = None

@@ -170,11 +170,11 @@ class ObservationStorage:
         :return: whole observations, (..., *shape)
         """
         if not self.stacked:
-            return self.data[places]
+            return self.data.take(places, axis=0)  # several times as fast as indexing
         age = ages[places]
         out = np.empty((*places.shape, self.n_stack, *self.data.shape[1:]), dtype=self.dtype)
         for back in range(self.n_stack):
-            frames = self.data[self.previous(places, np.minimum(age, back))]
+            frames = self.data.take(self.previous(places, np.minimum(age, back)), axis=0)
             if back > 0:
                 frames[(age < back) & self.zero_filled[places]] = 0
             out[..., self.n_stack - 1 - back, :, :, :] = frames

@@ -1,0 +1,124 @@
+"""What several test modules share: small agents, and their weights under the names that the formulas give the layers."""
+
+import numpy as np
+import torch as th
+from torch import nn
+
+from sb3_mrq.learner import Learner
+from sb3_mrq.networks import Actor, Critic, Encoder
+from sb3_mrq.policies import MlpPolicy
+
+# The paper's constants, section by section as in the docstrings of the tests
+PAPER = dict(
+    gamma=0.99,
+    max_grad_norm=20.0,
+    target_policy_noise=0.2,
+    target_noise_clip=0.3,
+    dynamics_weight=1.0,
+    reward_weight=0.1,
+    termination_weight=0.1,
+    pre_activation_weight=1e-5,
+    priority_alpha=0.4,
+    min_td_error=1.0,
+)
+NETWORKS = ("encoder", "critic", "actor")
+TARGETS = ("encoder_target", "critic_target", "actor_target")
+
+
+def make_policy(observation_space, action_space, policy_class=MlpPolicy, lr=3e-4, encoder_lr=1e-4, **kwargs):
+    """A policy with constant learning rates."""
+    return policy_class(observation_space, action_space, lambda _: lr, encoder_lr_schedule=lambda _: encoder_lr, **kwargs)
+
+
+def make_learner(policy, **kwargs):
+    """A learner on the networks of a policy, with the paper's constants where none are given."""
+    networks = [getattr(policy, name) for pair in zip(NETWORKS, TARGETS, strict=True) for name in pair]
+    return Learner(*networks, policy.actions, **(PAPER | kwargs))
+
+
+def update_encoder(learner, obs, *batch, **kwargs):
+    """One encoder update, with the preprocessed observations s_0 to s_H in one tensor, (B, H + 1, ...)."""
+    first_obs, *next_obs = obs.unbind(dim=1)
+    return learner.update_encoder(first_obs, next_obs, *batch, **kwargs)
+
+
+def layout(network):
+    """
+    Where a network keeps its layers.
+
+    The names are f.0 f.1 ... (f.conv0 ... f.out for images), g.action g.0 g.1 ..., m, q1.0 q1.1 ... q2.0 ..., pi.0 pi.1 ...,
+    each with ``.weight`` and ``.bias`` in the shapes of torch's own layers.
+
+    :return: for each name pairs of a parameter and the view of it that is meant, to be concatenated along the last axis
+    """
+    layers = {}
+
+    def whole(parameter):
+        return parameter
+
+    def add(name, weights, bias):
+        layers[f"{name}.weight"] = weights
+        layers[f"{name}.bias"] = [bias]
+
+    def add_modules(names, modules):
+        for name, module in zip(names, modules, strict=True):
+            add(name, [(module.weight, whole)], (module.bias, whole))
+
+    def linear_layers(module):
+        return [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+
+    if isinstance(network, Encoder):
+        extractor, head = linear_layers(network.state.features_extractor), linear_layers(network.state.head)
+        if isinstance(extractor[0], nn.Conv2d):
+            names = [*(f"f.conv{i}" for i in range(len(extractor))), "f.out"]
+        else:
+            names = [f"f.{i}" for i in range(len(extractor) + 1)]
+        add_modules(names, extractor + head)
+        g = network.state_action
+        add_modules(["g.action"], linear_layers(g.action_embedding))
+        add("g.0", [(g.state_input.weight, whole), (g.action_input.weight, whole)], (g.state_input.bias, whole))
+        rest = linear_layers(g.layers)
+        add_modules([f"g.{i + 1}" for i in range(len(rest))], rest)
+        add_modules(["m"], linear_layers(network.predictor))
+    elif isinstance(network, Critic):
+        stacked = [layer for layer in network.layers if hasattr(layer, "weight")]
+        for head in range(network.n_critics):
+            for i, layer in enumerate(stacked):
+                # Held as (heads, inputs, outputs)
+                weight, bias = (lambda p, head=head: p[head].T), (lambda p, head=head: p[head, 0])
+                add(f"q{head + 1}.{i}", [(layer.weight, weight)], (layer.bias, bias))
+    else:
+        assert isinstance(network, Actor)
+        modules = linear_layers(network)
+        add_modules([f"pi.{i}" for i in range(len(modules))], modules)
+    in_layout = {id(parameter) for parts in layers.values() for parameter, _ in parts}
+    assert in_layout == {id(parameter) for parameter in network.parameters()}, "A parameter is missing here"
+    return layers
+
+
+def read_weights(network, attribute="data"):
+    """Copies of the weights, or with ``attribute="grad"`` of their gradients, as a dict of arrays."""
+    return {
+        name: np.concatenate([view(getattr(parameter, attribute)).numpy() for parameter, view in parts], axis=-1)
+        for name, parts in layout(network).items()
+    }
+
+
+def write_weights(network, values):
+    """Set the weights from a dict of arrays, which may have others too."""
+    for name, parts in layout(network).items():
+        views = [view(parameter.data) for parameter, view in parts]
+        ends = np.cumsum([view.shape[-1] for view in views])
+        assert values[name].shape == (*views[0].shape[:-1], ends[-1]), name
+        for view, piece in zip(views, np.split(values[name], ends[:-1], axis=-1), strict=True):
+            view.copy_(th.as_tensor(piece))
+
+
+def snapshot(module):
+    """Copies of all parameters and buffers."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first, second):
+    """Whether two snapshots are equal to the last bit."""
+    return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)

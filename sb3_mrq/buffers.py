@@ -2,6 +2,7 @@
 The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,25 @@ STORED = 1  # holds a transition, not only an observation
 ENDED = 2  # the transition is the last of its stretch
 TERMINATED = 4  # ... and the episode terminated there
 PRESENT = 8  # holds an observation
+
+
+class NonFiniteError(ValueError):
+    """
+    An observation or reward is infinite or not a number.
+    """
+
+
+def check_finite(values: np.ndarray | Mapping[Any, np.ndarray], name: str) -> None:
+    """
+    :param values: of all environments, (n_envs, ...) or a dict of these
+    :param name: what they are
+    :raises NonFiniteError: if one is infinite or not a number
+    """
+    for key, value in values.items() if isinstance(values, Mapping) else [(None, values)]:
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            index = tuple(np.argwhere(~np.isfinite(value))[0])
+            where = "" if key is None else f" under {key!r}"
+            raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{where}")
 
 
 class SubtrajectorySamples(NamedTuple):
@@ -200,12 +220,17 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :param done: whether the episode ended, (n_envs,)
         :param infos: ``info["TimeLimit.truncated"]`` tells that an episode did not end by termination
         :raises ValueError: if the buffer is too small (at the first call)
+        :raises NonFiniteError: if an observation or reward is infinite or not a number; nothing is stored then
         """
         allocated = bool(self._storages)
         if not allocated:
             self._allocate()
         obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
         done = np.asarray(done, dtype=bool)
+        reward = np.asarray(reward, dtype=np.float32)
+        check_finite(reward, "reward")
+        check_finite(obs_, "observation")
+        check_finite(next_obs_, "final observation" if done.any() else "observation")
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
 
         if self._running.any():

@@ -20,7 +20,7 @@ class MLPExtractor(BaseFeaturesExtractor):
     :param observation_space: any space but images and Dict
     :param net_arch: sizes of the hidden layers, the last one is that of the features
     :param activation_fn: class of the activation
-    :raises ValueError: if the space is one of images
+    :raises ValueError: if the space is one of images, or a Dict
     """
 
     def __init__(
@@ -28,6 +28,8 @@ class MLPExtractor(BaseFeaturesExtractor):
     ):
         if is_image_space(observation_space):
             raise ValueError(f"MlpPolicy does not take images ({observation_space}): use CnnPolicy.")
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"MlpPolicy does not take Dict observations ({observation_space}): use MultiInputPolicy.")
         super().__init__(observation_space, net_arch[-1])
         self.layers = layer_norm_mlp(get_flattened_obs_dim(observation_space), list(net_arch), activation_fn)
         self.layers.apply(init_weights)
@@ -57,8 +59,8 @@ class CNNExtractor(BaseFeaturesExtractor):
         if not is_image_space(observation_space, normalized_image=normalized_image):
             raise ValueError(
                 f"CnnPolicy takes images, Box spaces of three axes and of uint8 from 0 to 255, not {observation_space}: use "
-                "MlpPolicy for vectors, or normalize_images=False in policy_kwargs for channel-first float images that are in "
-                "[0, 1] already."
+                "MlpPolicy for vectors, MultiInputPolicy for a Dict, or normalize_images=False in policy_kwargs for "
+                "channel-first float images that are in [0, 1] already."
             )
         assert observation_space.shape is not None
         channels, height, width = observation_space.shape

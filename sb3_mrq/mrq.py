@@ -22,7 +22,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
-from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.buffers import (
+    NonFiniteError,
+    NStepSamples,
+    SubtrajectoryReplayBuffer,
+    SubtrajectorySamples,
+    check_finite,
+)
 from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
@@ -229,9 +235,7 @@ class MRQ(OffPolicyAlgorithm):
             raise ValueError(
                 f"action_noise is for Box actions, not {self.action_space}: leave it out and set exploration_noise instead."
             )
-        if self.replay_buffer_class is None:
-            self.replay_buffer_class = SubtrajectoryReplayBuffer
-        if not issubclass(self.replay_buffer_class, SubtrajectoryReplayBuffer):
+        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, SubtrajectoryReplayBuffer):
             raise ValueError(
                 f"{self.replay_buffer_class.__name__} cannot give the sub-trajectories that MR.Q learns from: leave "
                 "replay_buffer_class out, or derive a class from sb3_mrq.buffers.SubtrajectoryReplayBuffer."
@@ -243,8 +247,9 @@ class MRQ(OffPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
 
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = SubtrajectoryReplayBuffer
         if self.replay_buffer is None:
-            assert self.replay_buffer_class is not None
             self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
                 self.buffer_size,
                 self.observation_space,
@@ -317,13 +322,15 @@ class MRQ(OffPolicyAlgorithm):
                 "longer, or let learning start earlier.",
                 stacklevel=3,
             )
-        # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices that
-        # the environment was reset.
+        # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
+        # that the environment was reset.
         self.optimize_memory_usage = False
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._check_finite(self._last_obs, "observation")
+        obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+        assert obs is not None
+        self._check_finite(obs)
         return total_timesteps, callback
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
@@ -369,21 +376,6 @@ class MRQ(OffPolicyAlgorithm):
             self.replay_buffer = present
             raise
 
-    def _check_finite(self, values: Any, name: str) -> None:
-        """
-        :param values: observations or rewards of all environments, (n_envs, ...) or a dict of these
-        :param name: what they are
-        :raises ValueError: if one is infinite or not a number
-        """
-        for key, value in values.items() if isinstance(values, dict) else [(None, values)]:
-            if not np.issubdtype(value.dtype, np.floating) or np.isfinite(value).all():
-                continue
-            index = tuple(np.argwhere(~np.isfinite(value))[0])
-            raise ValueError(
-                f"Environment {index[0]} gave the {name} {value[index]}{'' if key is None else f' under {key!r}'} at step "
-                f"{self.num_timesteps}: MR.Q cannot learn from it. The replay buffer holds what came before."
-            )
-
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -393,24 +385,42 @@ class MRQ(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        self._check_finite(reward, "reward")
-        self._check_finite(new_obs, "observation")
-        for info, done in zip(infos, dones, strict=True):
-            final_obs = info.get("terminal_observation") if done else None
-            if final_obs is not None:
-                by_key = isinstance(final_obs, dict)
-                batch = {key: np.asarray(v)[None] for key, v in final_obs.items()} if by_key else np.asarray(final_obs)[None]
-                self._check_finite(batch, "final observation")
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        # The first observation of the next episode is not stored now, but acted on before it is
+        self._check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
+        try:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        except NonFiniteError as error:
+            raise self._at_this_step(error) from None
+
+    def _check_finite(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
+        """
+        :param obs: observations of all environments, before normalisation
+        :raises NonFiniteError: if one is infinite or not a number
+        """
+        try:
+            check_finite(obs, "observation")
+        except NonFiniteError as error:
+            raise self._at_this_step(error) from None
+
+    def _at_this_step(self, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(
+            f"{error} at step {self.num_timesteps}, from which MR.Q cannot learn: mend the environment or clip what it gives. "
+            "The replay buffer holds what came before."
+        )
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
-        rollout = super().collect_rollouts(*args, **kwargs)
-        if not rollout.continue_training:
-            # A callback stopped after a step that was not stored: go on from a reset, not from an observation that is past
-            self._last_obs = None
+        complete = False
+        try:
+            rollout = super().collect_rollouts(*args, **kwargs)
+            complete = rollout.continue_training
+        finally:
+            if not complete:
+                # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,
+                # not from an observation that is past.
+                self._last_obs = None
         return rollout
 
     def _sample_action(

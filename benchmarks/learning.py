@@ -134,10 +134,17 @@ def main() -> None:
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--until", type=float, help="stop at an evaluation with this mean return")
     parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=["highest", "high", "medium"],
+        default="highest",
+        help="torch.set_float32_matmul_precision: medium computes float32 products in bfloat16 where that is faster",
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.threads:
         th.set_num_threads(args.threads)
+    th.set_float32_matmul_precision(args.matmul_precision)
 
     env = make_vec_env(lambda: make_env(args.task), seed=args.seed)
     eval_env = make_vec_env(lambda: make_env(args.task), seed=args.seed + 1000)
@@ -150,6 +157,7 @@ def main() -> None:
         file.write(f"# command: python -m benchmarks.learning {shlex.join(sys.argv[1:])}\n")
         file.write(f"# versions: python {platform.python_version()}, {versions}\n")
         file.write(f"# machine: {platform.machine()}, {th.get_num_threads()} threads of {processor()}, {model.device}\n")
+        file.write(f"# precision: float32, matrix products {args.matmul_precision}\n")
         csv.writer(file).writerow(["env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds"])
 
     callback = EvaluationCallback(eval_env, path, args.eval_freq, args.eval_episodes, args.task, args.until)

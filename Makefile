@@ -1,0 +1,77 @@
+# make test                                            everything that is checked, in under 15 minutes on two cores
+# make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
+#
+# Both set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
+# otherwise an environment is made in VENV, .venv by default.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+WORKERS ?= 2
+# Rendering without a display.
+ifeq ($(shell uname),Linux)
+    export MUJOCO_GL ?= egl
+endif
+
+in_venv := $(shell $(PYTHON) -c 'import sys; print(int(sys.prefix != sys.base_prefix))' 2> /dev/null)
+ifeq ($(if $(VENV),0,$(in_venv)),1)
+    python := $(PYTHON)
+    get_pip := $(PYTHON) -m ensurepip
+    prefix := $(shell $(PYTHON) -c 'import sys; print(sys.prefix)')
+else
+    VENV ?= .venv
+    python := $(VENV)/bin/python
+    get_pip := $(PYTHON) -m venv $(VENV)
+    prefix := $(VENV)
+endif
+stamp := $(prefix)/sb3-mrq-is-installed
+
+.PHONY: test lint type pytest format train setup system clean
+
+test: lint type pytest
+
+lint: setup
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+type: setup
+	$(python) -m mypy
+
+# Two workers share two cores, hence one thread each.
+pytest: setup
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --durations=10
+
+format: setup
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+
+train: setup
+	$(python) examples/train.py $(if $(ENV),--env $(ENV)) $(if $(STEPS),--steps $(STEPS)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT))
+
+setup: $(stamp)
+
+$(stamp): pyproject.toml .ci/constraints.txt
+	@$(MAKE) --no-print-directory system
+	$(python) -m pip --version 2> /dev/null || $(get_pip)
+	$(python) -m pip install -c .ci/constraints.txt -e ".[all]"
+	touch $@
+
+# The few Debian packages that a bare machine lacks: for virtual environments, and for MuJoCo's off-screen rendering. Where
+# they cannot be installed, all but rendering may still work.
+system:
+	@packages=; \
+	$(PYTHON) -c 'import ensurepip' 2> /dev/null || packages+=" python3-venv"; \
+	$(PYTHON) -c 'import ctypes; ctypes.CDLL("libEGL.so.1"); ctypes.CDLL("libGL.so.1")' 2> /dev/null \
+		|| packages+=" libegl1 libgl1 libgl1-mesa-dri"; \
+	[ -n "$$packages" ] || exit 0; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	if command -v apt-get > /dev/null && $$sudo true 2> /dev/null; then \
+		$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends $$packages; \
+	else \
+		echo "Missing, and not installed for want of apt-get or root:$$packages"; \
+	fi
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

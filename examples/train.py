@@ -1,0 +1,167 @@
+"""
+Train MR.Q on a Gymnasium task and leave in one folder: the model, its evaluation, the course of training as CSV files and
+as a picture, and a video.
+
+    python examples/train.py
+    python examples/train.py --env HalfCheetah-v5 --steps 1000000 --seed 1
+
+How long to train, and for a few small tasks how long to act at random before, is in hyperparams/mrq.yml.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if sys.platform == "linux" and "DISPLAY" not in os.environ:
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+
+import gymnasium as gym
+import matplotlib
+import pandas as pd
+import yaml
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from matplotlib import pyplot as plt
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.results_plotter import X_TIMESTEPS, ts2xy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_mrq import MRQ
+
+HYPERPARAMS = Path(__file__).resolve().parents[1] / "hyperparams" / "mrq.yml"
+N_EVALUATIONS = 20  # during training
+N_EVAL_EPISODES = 10  # at each, in as many parallel environments; twice as many after training
+VIDEO_FRAMES = 500
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="CartPole-v1", help="id of the task (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps of training (default: n_timesteps of hyperparams/mrq.yml)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: runs/<env>-<seed>-<time>)")
+    return parser.parse_args()
+
+
+def read_hyperparams(env_id: str) -> dict[str, Any]:
+    """Settings of the task in hyperparams/mrq.yml, or the default ones; the policy follows from the observations."""
+    hyperparams = yaml.safe_load(HYPERPARAMS.read_text())
+    return {key: value for key, value in hyperparams.get(env_id, hyperparams["default"]).items() if key != "policy"}
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """The task, with the paper's preprocessing if it is an Atari game."""
+    if not env_id.startswith("ALE/"):
+        return gym.make(env_id, render_mode=render_mode)
+    import ale_py
+
+    gym.register_envs(ale_py)
+    # Sticky actions, the minimal action set and the limit of 108,000 frames are the defaults of these ids.
+    env = gym.make(env_id, render_mode=render_mode, frameskip=1)
+    return FrameStackObservation(AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84), stack_size=4)
+
+
+def choose_policy(observation_space: gym.Space) -> str:
+    if isinstance(observation_space, gym.spaces.Dict):
+        return "MultiInputPolicy"
+    return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
+
+
+def evaluate(model: MRQ, env: VecEnv, env_id: str, path: Path) -> None:
+    """Write return and length of every episode, and their mean and standard deviation."""
+    returns, lengths = evaluate_policy(model, env, n_eval_episodes=2 * N_EVAL_EPISODES, return_episode_rewards=True)
+    mean, std = pd.Series(returns).mean(), pd.Series(returns).std(ddof=0)
+    evaluation = {
+        "env": env_id,
+        "steps": model.num_timesteps,
+        "mean_return": mean,
+        "std_return": std,
+        "returns": [float(value) for value in returns],
+        "lengths": [int(value) for value in lengths],
+    }
+    path.write_text(json.dumps(evaluation, indent=2) + "\n")
+    threshold = gym.spec(env_id).reward_threshold
+    verdict = "" if threshold is None else f" ({'solved' if mean >= threshold else 'not solved'}: {threshold:g} is asked for)"
+    print(f"{env_id} after {model.num_timesteps} steps: {mean:.1f} +/- {std:.1f} over {len(returns)} episodes{verdict}")
+
+
+def plot(evaluations: pd.DataFrame, folder: Path, title: str) -> None:
+    """Draw the returns of the training episodes and of the evaluations over the steps of training."""
+    plt.figure(figsize=(8, 5))
+    plt.plot(*ts2xy(load_results(str(folder)), X_TIMESTEPS), ".", color="0.6", label="training episodes, with exploration")
+    if not evaluations.empty:
+        mean, std = evaluations.mean(axis=1), evaluations.std(axis=1, ddof=0)
+        plt.plot(mean.index, mean, "o-", color="C0", label=f"evaluation, mean of {evaluations.shape[1]} episodes")
+        plt.fill_between(mean.index, mean - std, mean + std, color="C0", alpha=0.2, label="its standard deviation")
+    plt.title(title)
+    plt.xlabel("environment steps")
+    plt.ylabel("return of an episode")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(folder / "learning_curve.png", dpi=150)
+
+
+def film(model: MRQ, env_id: str, folder: Path, seed: int) -> None:
+    """Record the first steps of the trained policy, over several episodes if they are short."""
+    env = RecordVideo(
+        make_env(env_id, render_mode="rgb_array"),
+        str(folder),
+        step_trigger=lambda step: step == 0,
+        video_length=VIDEO_FRAMES,
+        name_prefix="video",
+    )
+    obs, _ = env.reset(seed=seed)
+    for _ in range(VIDEO_FRAMES):
+        action, _ = model.predict(obs, deterministic=True)
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            obs, _ = env.reset()
+    env.close()
+
+
+def main() -> None:
+    args = parse_args()
+    hyperparams = read_hyperparams(args.env)
+    n_timesteps = int(hyperparams.pop("n_timesteps"))
+    steps = args.steps or n_timesteps
+    folder = args.out or Path("runs") / f"{args.env.replace('/', '-')}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    matplotlib.use("Agg")
+
+    env = Monitor(make_env(args.env), str(folder / "monitor.csv"))
+    eval_env = make_vec_env(partial(make_env, args.env), n_envs=N_EVAL_EPISODES, seed=args.seed + 1)
+
+    model = MRQ(choose_policy(env.observation_space), env, seed=args.seed, **hyperparams)
+    model.set_logger(configure(str(folder), ["csv"]))
+    eval_callback = EvalCallback(
+        eval_env, n_eval_episodes=N_EVAL_EPISODES, eval_freq=max(steps // N_EVALUATIONS, 1), log_path=str(folder)
+    )
+    model.learn(steps, callback=eval_callback, log_interval=1, progress_bar=True)
+    env.close()
+
+    model.save(folder / "model")
+    evaluations = pd.DataFrame(
+        eval_callback.evaluations_results, index=pd.Index(eval_callback.evaluations_timesteps, name="steps")
+    ).add_prefix("episode_")
+    evaluations.to_csv(folder / "evaluations.csv")
+    plot(evaluations, folder, f"MR.Q on {args.env}, seed {args.seed}")
+    try:
+        film(model, args.env, folder, args.seed)
+    except Exception as error:  # there are as many ways to lack a display as there are renderers
+        print(f"No video: {args.env} cannot be rendered here ({error!r}).")
+    evaluate(model, eval_env, args.env, folder / "evaluation.json")
+    print(f"Everything is in {folder}")
+
+
+if __name__ == "__main__":
+    main()

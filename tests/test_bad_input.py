@@ -1,0 +1,260 @@
+"""
+What cannot work is refused at once, by an error that names the value and the remedy, and nothing that was learned is lost.
+"""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+from envs import (
+    BOX,
+    IMAGE,
+    VECTOR,
+    CounterEnv,
+    Faulty,
+    SpaceEnv,
+    check_counter_transitions,
+    learn_and_check,
+    policy_for,
+    tiny_model,
+)
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+
+DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
+COUNTS = ("n_steps", "encoder_horizon", "batch_size", "target_update_interval")
+
+
+def box(low, high):
+    return spaces.Box(np.array(low, dtype=np.float32), np.array(high, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("action_space", "value", "remedy"),
+    [
+        (box([-1, -np.inf], [1, np.inf]), "from -inf to inf", "give bounds"),
+        (box([-1, -1], [1, np.inf]), "from -1.0 to inf", "give bounds"),
+        (box([-1, 2], [1, 2]), "from 2.0 to 2.0", "leave this dimension out"),
+        (spaces.Box(0, 5, (2,), dtype=np.int64), "int64", "MultiDiscrete"),
+        (spaces.Tuple([BOX, BOX]), "Tuple", "convert it"),
+        (spaces.Dict(a=BOX), "Dict", "convert it"),
+        (spaces.MultiDiscrete([[2, 3], [3, 2]]), "(2, 2)", "flatten"),
+        (spaces.MultiBinary((2, 2)), "(2, 2)", "flatten"),
+    ],
+)
+def test_action_space(action_space, value, remedy):
+    with pytest.raises(ValueError, match=re.escape(value)) as info:
+        tiny_model(SpaceEnv(action_space=action_space))
+    assert remedy in str(info.value)
+    model = tiny_model(SpaceEnv())
+    with pytest.raises(ValueError, match=re.escape(value)):
+        model.set_env(SpaceEnv(action_space=action_space))
+
+
+@pytest.mark.parametrize("space", [spaces.Tuple([VECTOR, VECTOR]), spaces.Dict(a=spaces.Dict(b=VECTOR))])
+def test_observation_space(space):
+    with pytest.raises((ValueError, NotImplementedError), match=r"(Tuple|Dict).* not supported|not supported.*(Tuple|Dict)"):
+        tiny_model(SpaceEnv(space), "MultiInputPolicy")
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 31), (3, 31, 30), (8, 8, 3)])
+def test_images_too_small(shape):
+    image = spaces.Box(0, 255, shape, dtype=np.uint8)
+    size = "30x31|31x30|8x8"
+    for space, policy in ((image, "CnnPolicy"), (spaces.Dict(image=image), "MultiInputPolicy")):
+        with pytest.raises(ValueError, match=size) as info:
+            tiny_model(SpaceEnv(space), policy)
+        assert "31x31" in str(info.value) and "features_extractor_class" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "remedy"),
+    [
+        ("MlpPolicy", IMAGE, "CnnPolicy"),
+        (MlpPolicy, IMAGE, "CnnPolicy"),
+        ("MlpPolicy", DICT, "MultiInputPolicy"),
+        (MlpPolicy, DICT, "MultiInputPolicy"),
+        ("CnnPolicy", VECTOR, "MlpPolicy"),
+        (CnnPolicy, VECTOR, "MlpPolicy"),
+        ("CnnPolicy", DICT, "MultiInputPolicy"),
+        (CnnPolicy, DICT, "MultiInputPolicy"),
+        ("CnnPolicy", spaces.Box(0, 1, (3, 36, 36), dtype=np.float32), "normalize_images=False"),
+        ("MultiInputPolicy", VECTOR, "MlpPolicy"),
+        (MultiInputPolicy, VECTOR, "MlpPolicy"),
+    ],
+)
+def test_policy_for_other_observations(policy, space, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        tiny_model(SpaceEnv(space), policy)
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_buffer_too_small(n_envs):
+    """Only where learning starts: a model may be loaded with a small buffer to act with it."""
+    env = make_vec_env(SpaceEnv, n_envs)
+    smallest = 7 * n_envs
+    model = tiny_model(env, buffer_size=smallest - 1)
+    model.predict(env.reset())
+    with pytest.raises(ValueError, match=f"buffer_size of {smallest} or more"):
+        model.learn(20)
+    assert model.num_timesteps == 0
+    enough = tiny_model(env, buffer_size=smallest, gradient_steps=1)
+    learn_and_check(enough, 20 * n_envs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in COUNTS),
+        *((name, -1) for name in COUNTS),
+        ("exploration_noise", -0.1),
+        ("target_policy_noise", -0.1),
+        ("target_noise_clip", -0.1),
+        ("priority_alpha", -0.1),
+        ("random_shift_pad", -1),
+        ("max_grad_norm", 0.0),
+        ("min_td_error", 0.0),
+        ("gamma", 1.01),
+        ("gamma", -0.01),
+    ],
+)
+def test_hyperparameters(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(str(value))}, but must"):
+        tiny_model(SpaceEnv(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 1) for name in COUNTS),
+        ("exploration_noise", 0.0),
+        ("target_policy_noise", 0.0),
+        ("target_noise_clip", 0.0),
+        ("priority_alpha", 0.0),
+        ("random_shift_pad", 0),
+        ("gamma", 1.0),
+        ("gamma", 0.0),
+    ],
+)
+def test_hyperparameters_at_their_limits(name, value):
+    learn_and_check(tiny_model(SpaceEnv(), **{name: value}), 20)
+
+
+@pytest.mark.parametrize("replay_buffer_class", [ReplayBuffer, HerReplayBuffer])
+def test_replay_buffer_class(replay_buffer_class):
+    with pytest.raises(ValueError, match=f"{replay_buffer_class.__name__} .*SubtrajectoryReplayBuffer"):
+        tiny_model(SpaceEnv(), replay_buffer_class=replay_buffer_class)
+
+
+def test_replay_buffer_class_of_ones_own():
+    class MyBuffer(SubtrajectoryReplayBuffer):
+        pass
+
+    model = tiny_model(SpaceEnv(), replay_buffer_class=MyBuffer, encoder_horizon=4)
+    assert type(model.replay_buffer) is MyBuffer
+    assert model.replay_buffer.horizon == 4
+    learn_and_check(model, 20)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.MultiBinary(2)])
+def test_action_noise_is_for_box_actions(action_space):
+    with pytest.raises(ValueError, match=r"action_noise is for Box actions.*exploration_noise"):
+        tiny_model(SpaceEnv(action_space=action_space), action_noise=NormalActionNoise(np.zeros(1), np.ones(1)))
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "message"),
+    [
+        ({"net_arch": {"encoder": [16], "vf": [16]}}, "encoder, qf, pi, not vf"),
+        ({"net_arch": {"encoder": []}}, "encoder"),
+        ({"net_arch": {"pi": [16, 0]}}, "pi"),
+        ({"n_critics": 0}, "n_critics is 0"),
+    ],
+)
+def test_policy_kwargs(policy_kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(SpaceEnv(), policy_kwargs=policy_kwargs)
+
+
+def test_unknown_policy():
+    with pytest.raises(ValueError, match="LstmPolicy"):
+        MRQ("LstmPolicy", SpaceEnv())
+
+
+def test_warning_if_nothing_will_be_learned():
+    model = tiny_model(SpaceEnv(), learning_starts=20)
+    with pytest.warns(UserWarning, match="20 steps end before learning_starts=20"):
+        model.learn(20)
+    assert model._n_updates == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(1, reset_num_timesteps=False)
+    assert model._n_updates == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fault", ["observation", "final observation", "first observation", "reward"])
+@pytest.mark.parametrize("observation_space", [VECTOR, spaces.Dict(vector=VECTOR)], ids=["Box", "Dict"])
+def test_values_that_are_not_finite(observation_space, fault, value):
+    """The environment with the index 1 fails at its 14th step, with which an episode ends; it is the model's 28th."""
+    fine = SpaceEnv(observation_space, length=7)
+    faulty = Faulty(SpaceEnv(observation_space, length=7), fault, value, 14)
+    env = DummyVecEnv([lambda: fine, lambda: faulty])
+    model = tiny_model(env, policy_for(observation_space))
+    name = {"first observation": "observation"}.get(fault, fault)
+    if fault == "observation":
+        faulty.fault_step = 13  # in the middle of an episode
+    step = 2 * faulty.fault_step
+    with pytest.raises(ValueError, match=f"Environment 1 gave the {name} {value}.* at step {step}") as info:
+        model.learn(60)
+    assert ("'vector'" in str(info.value)) == (isinstance(observation_space, spaces.Dict) and fault != "reward")
+    assert model.replay_buffer.size() == step - 2
+    model.predict(env.reset())
+    learn_and_check(model, 20)
+    assert model.replay_buffer.size() == step - 2 + 20
+
+
+@pytest.mark.parametrize("fault", ["observation", "final observation", "first observation", "reward"])
+@pytest.mark.parametrize("reset_num_timesteps", [True, False])
+def test_buffer_keeps_what_came_before_a_bad_value(fault, reset_num_timesteps):
+    """The step that was not stored leaves no false transition behind."""
+    model = tiny_model(Faulty(CounterEnv(length=7), fault, np.nan, 21 if fault == "first observation" else 20))
+    with pytest.raises(ValueError, match="nan"):
+        model.learn(40)
+    before = check_counter_transitions(model.replay_buffer, 7, "truncated")
+    model.learn(20, reset_num_timesteps=reset_num_timesteps)
+    after = check_counter_transitions(model.replay_buffer, 7, "truncated")
+    assert set(before) < set(after)
+
+
+@pytest.mark.parametrize("reset_num_timesteps", [True, False])
+def test_first_observation_of_all_that_is_not_finite(reset_num_timesteps):
+    model = tiny_model(Faulty(SpaceEnv(), "first observation", np.inf, 0))
+    with pytest.raises(ValueError, match="Environment 0 gave the observation inf at step 0"):
+        model.learn(20)
+    assert model.replay_buffer.size() == 0
+    learn_and_check(model, 20, reset_num_timesteps=reset_num_timesteps)
+
+
+@pytest.mark.parametrize(
+    ("fault", "value"),
+    [("observation", np.nan), ("observation", np.inf), ("final observation", np.nan), ("reward", np.nan), ("reward", np.inf)],
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_values_that_are_not_finite_behind_vec_normalize(training, fault, value):
+    """VecNormalize clips, so that an infinite value may look like a finite one. What is stored is the value before it."""
+    env = VecNormalize(make_vec_env(lambda: Faulty(SpaceEnv(), fault, value, 15), 1), training=training)
+    model = tiny_model(env)
+    with pytest.raises(ValueError, match=f"Environment 0 gave the {fault} .* at step 15"):
+        model.learn(30)
+    assert model.replay_buffer.size() == 14
+    assert np.isfinite(model.replay_buffer.mean_abs_reward())

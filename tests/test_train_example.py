@@ -1,0 +1,96 @@
+"""
+The training script leaves everything that it promises.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import image
+from stable_baselines3.common.monitor import load_results
+
+from sb3_mrq import MRQ
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train.py"
+
+
+def train(folder: Path, env_id: str, steps: int, **environment: str) -> str:
+    """Run the script in a process of its own, with evaluations and all, and return what it prints."""
+    command = [sys.executable, str(SCRIPT), "--env", env_id, "--steps", str(steps), "--seed", "3", "--out", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory):
+    """Folder and output of a run of 1000 random steps and three steps of training."""
+    folder = tmp_path_factory.mktemp("runs") / "cartpole"
+    return folder, train(folder, "CartPole-v1", 1003)
+
+
+def test_says_where_everything_is(cartpole):
+    folder, output = cartpole
+    evaluation, last = output.strip().splitlines()[-2:]
+    assert evaluation.startswith("CartPole-v1 after 1003 steps: ")
+    assert evaluation.endswith(" over 20 episodes (not solved: 475 is asked for)")
+    assert last == f"Everything is in {folder}"
+
+
+def test_model_loads(cartpole):
+    model = MRQ.load(cartpole[0] / "model.zip")
+    assert model.num_timesteps == 1003
+    assert model.seed == 3
+    assert model.action_space.contains(model.predict(np.zeros(4, dtype=np.float32))[0])
+
+
+def test_evaluation(cartpole):
+    evaluation = json.loads((cartpole[0] / "evaluation.json").read_text())
+    assert (evaluation["env"], evaluation["steps"]) == ("CartPole-v1", 1003)
+    assert len(evaluation["returns"]) == len(evaluation["lengths"]) >= 10
+    assert evaluation["mean_return"] == pytest.approx(np.mean(evaluation["returns"]))
+    assert evaluation["std_return"] == pytest.approx(np.std(evaluation["returns"]))
+    assert evaluation["lengths"] == evaluation["returns"]  # as CartPole rewards every step with 1
+
+
+def test_course_of_training(cartpole):
+    episodes = load_results(str(cartpole[0]))
+    assert 900 < episodes["l"].sum() <= 1003
+    evaluations = pd.read_csv(cartpole[0] / "evaluations.csv", index_col="steps")
+    assert list(evaluations.index) == list(range(50, 1003, 50))
+    assert evaluations.shape[1] == 10 and evaluations.notna().all(axis=None)
+
+
+def test_picture(cartpole):
+    pixels = image.imread(cartpole[0] / "learning_curve.png")
+    assert min(pixels.shape[:2]) >= 500
+    assert pixels.std() > 0.01  # not blank
+
+
+def test_video(cartpole):
+    (video,) = cartpole[0].glob("*.mp4")
+    frames = imageio_ffmpeg.read_frames(str(video))
+    meta = next(frames)
+    assert meta["codec"] == "h264"
+    assert meta["duration"] == pytest.approx(10, abs=1)
+    width, height = meta["size"]
+    frame = np.frombuffer(next(frames), dtype=np.uint8).reshape(height, width, 3)
+    frames.close()
+    assert frame.std() > 5  # not blank
+
+
+def test_finishes_without_a_renderer(tmp_path):
+    pytest.importorskip("mujoco")
+    folder = tmp_path / "run"
+    output = train(folder, "InvertedPendulum-v5", 40, MUJOCO_GL="disable")
+    assert "No video: InvertedPendulum-v5 cannot be rendered here" in output
+    assert output.strip().endswith(f"Everything is in {folder}")
+    assert not list(folder.glob("*.mp4"))
+    for name in ("model.zip", "evaluation.json", "evaluations.csv", "monitor.csv", "learning_curve.png"):
+        assert (folder / name).stat().st_size > 0, name

@@ -25,6 +25,8 @@ class BoxActions:
             raise ValueError(
                 f"Box actions must be floats, not {space.dtype}: use a MultiDiscrete space for integers ({space})."
             )
+        if 0 in space.shape:
+            raise ValueError(f"The action space {space} has no dimension, so that there is nothing to choose.")
         for low, high in np.stack([space.low.ravel(), space.high.ravel()], axis=1):
             if not (np.isfinite(low) and np.isfinite(high)):
                 raise ValueError(

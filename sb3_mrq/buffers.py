@@ -184,7 +184,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._storages = {
             key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack) for key, subspace in subspaces.items()
         }
-        dtype = self._maybe_cast_dtype(self.action_space.dtype)
+        dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         self.actions = np.zeros((n_places, self.action_dim), dtype=dtype)
         self.rewards = np.zeros(n_places, dtype=np.float32)
         self._flags = np.zeros(n_places, dtype=np.uint8)
@@ -389,11 +389,12 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             rewards = self._normalize_reward(rewards, env)
         return float(np.abs(rewards).sum(dtype=np.float64)) / self._n_stored
 
-    def _follow(self, indices: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    def _follow(self, indices: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         :param indices: places of starts, (B,)
         :param n_steps: H
-        :return: places of s_0 to s_H, the last one repeated past the end of the episode, (B, H + 1), and the mask, bool (B, H)
+        :return: places of the observations s_0 to s_H, (B, H + 1), and of the transitions, (B, H), the last one of the episode
+            repeated past its end, and the mask, bool (B, H)
         """
         position = indices % self.buffer_size
         ring = (indices - position)[:, None]
@@ -402,7 +403,10 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         mask = np.ones((len(indices), n_steps), dtype=bool)
         np.logical_and.accumulate((self._flags.take(places[:, :-2]) & ENDED) == 0, axis=1, out=mask[:, 1:])
         length = mask.sum(axis=1)[:, None]
-        return np.take_along_axis(places, np.minimum(steps, length), axis=1), mask
+        observations = np.take_along_axis(places, np.minimum(steps, length), axis=1)
+        # A final observation's place holds no action, not even one of the space
+        transitions = np.take_along_axis(places, np.minimum(steps[:-1], length - 1), axis=1)
+        return observations, transitions, mask
 
     def _observations(self, places: np.ndarray, env: VecNormalize | None) -> th.Tensor | dict[str, th.Tensor]:
         """(...) places to (..., *obs) tensors."""
@@ -430,8 +434,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :param env: VecNormalize to normalize observations and rewards with
         :return: the sub-trajectories of ``horizon`` transitions that begin there
         """
-        places, mask = self._follow(indices, self.horizon)
-        transitions = places[:, :-1]
+        places, transitions, mask = self._follow(indices, self.horizon)
         return SubtrajectorySamples(
             self._observations(places, env),
             self.to_torch(self.actions.take(transitions, axis=0), copy=False),
@@ -445,12 +448,12 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :param env: VecNormalize to normalize observations and rewards with
         :return: the transitions that begin there, with the rewards and the observation of an ``n_steps`` target
         """
-        places, mask = self._follow(indices, self.n_steps)
+        places, transitions, mask = self._follow(indices, self.n_steps)
         # Both observations at once: (B, 2) places
         both = self._observations(places[:, [0, -1]], env)
         first: Any = {key: value[:, 0] for key, value in both.items()} if isinstance(both, dict) else both[:, 0]
         last: Any = {key: value[:, 1] for key, value in both.items()} if isinstance(both, dict) else both[:, 1]
-        rewards, terminated, mask_ = self._masked(places[:, :-1], mask, env)
+        rewards, terminated, mask_ = self._masked(transitions, mask, env)
         return NStepSamples(
             first, self.to_torch(self.actions.take(indices, axis=0), copy=False), rewards, terminated, mask_, last, indices
         )

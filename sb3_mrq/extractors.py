@@ -13,6 +13,22 @@ from torch import nn
 from sb3_mrq.networks import ELU, init_weights, layer_norm_mlp
 
 
+def check_observation_space(space: spaces.Space) -> None:
+    """
+    :param space: the observation space
+    :raises ValueError: if it is not supported
+    """
+    for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        supported = isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiBinary)) or (
+            isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim == 1
+        )
+        if not supported or 0 in part.shape or (isinstance(part, spaces.Box) and part.shape == ()):  # type: ignore[operator]
+            raise ValueError(
+                f"The observation space {space} is not supported. MRQ takes Box, Discrete, MultiDiscrete with one axis, "
+                "MultiBinary, and a Dict of these: convert it, for example with gymnasium.wrappers.FlattenObservation."
+            )
+
+
 class MLPExtractor(BaseFeaturesExtractor):
     """
     Flatten, then linear, layer norm and activation for every hidden layer.

@@ -29,6 +29,7 @@ from sb3_mrq.buffers import (
     SubtrajectorySamples,
     check_finite,
 )
+from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
@@ -209,9 +210,10 @@ class MRQ(OffPolicyAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        vec_env = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        make_actions(vec_env.action_space)  # raises an error for spaces that are not supported, with the remedy
-        return vec_env
+        # Both raise errors for spaces that are not supported, with the remedy
+        check_observation_space(env.observation_space)
+        make_actions(env.action_space)
+        return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _check_hyperparameters(self) -> None:
         """
@@ -219,11 +221,11 @@ class MRQ(OffPolicyAlgorithm):
         """
         for name in ("n_steps", "encoder_horizon", "batch_size", "target_update_interval"):
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+            if value < 1 or value != int(value):
+                raise ValueError(f"{name} is {value}, but must be a whole number of at least 1.")
         for name in ("exploration_noise", "target_policy_noise", "target_noise_clip", "priority_alpha", "random_shift_pad"):
             value = getattr(self, name)
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name} is {value}, but must not be negative.")
         for name in ("max_grad_norm", "min_td_error"):
             value = getattr(self, name)
@@ -330,7 +332,11 @@ class MRQ(OffPolicyAlgorithm):
         )
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
-        self._check_finite(obs)
+        try:
+            self._check_finite(obs)
+        except NonFiniteError:
+            self._last_obs = None
+            raise
         return total_timesteps, callback
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:

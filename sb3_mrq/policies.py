@@ -110,8 +110,18 @@ class MRQPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        if n_critics < 1:
-            raise ValueError(f"n_critics is {n_critics}: MR.Q needs at least one value head.")
+        for name, value, least in (
+            ("n_critics", n_critics, 1),
+            ("z_s_dim", z_s_dim, 1),
+            ("z_a_dim", z_a_dim, 1),
+            ("z_sa_dim", z_sa_dim, 1),
+            ("n_reward_bins", n_reward_bins, 2),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}, but must be at least {least}.")
+        for name, number in (("reward_bins_limit", reward_bins_limit), ("gumbel_temperature", gumbel_temperature)):
+            if not number > 0:
+                raise ValueError(f"{name} is {number}, but must be positive.")
         self.net_arch = complete_net_arch(net_arch)
         self.activation_fn = activation_fn
         self.actor_activation_fn = actor_activation_fn
@@ -227,6 +237,26 @@ class MRQPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.actions.act(self.pre_activation(observation), deterministic)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation, without exploration noise: tanh(u) for Box actions; for others the most
+        likely action if deterministic, else a sample from softmax(u).
+
+        :param observation: the input observation, one or a batch
+        :param state: not used, the policy has no memory
+        :param episode_start: not used
+        :param deterministic: Whether or not to return deterministic actions.
+        :return: the action, in the space, and the state as it was given
+        """
+        actions, state = super().predict(observation, state, episode_start, deterministic)
+        return np.asarray(actions, dtype=self.action_space.dtype), state
 
     @th.no_grad()
     def explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:

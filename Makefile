@@ -38,9 +38,9 @@ lint: setup
 type: setup
 	$(python) -m mypy
 
-# Two workers share two cores, hence one thread each.
+# Two workers share two cores, hence one thread each. A file stays on one worker, with what its tests share.
 pytest: setup
-	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --durations=10
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 format: setup
 	$(python) -m ruff check --fix

@@ -72,7 +72,8 @@ def choose_steps(env_id: str) -> int:
     if env_id == DEMO_ENV:
         return DEMO_STEPS
     hyperparams = yaml.safe_load(HYPERPARAMS.read_text())
-    return int(hyperparams.get(env_id, hyperparams["default"])["n_timesteps"])
+    section = "atari" if env_id.startswith("ALE/") else env_id
+    return int(hyperparams.get(section, hyperparams["default"])["n_timesteps"])
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:

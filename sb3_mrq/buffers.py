@@ -222,8 +222,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :raises ValueError: if the buffer is too small (at the first call)
         :raises NonFiniteError: if an observation or reward is infinite or not a number; nothing is stored then
         """
-        allocated = bool(self._storages)
-        if not allocated:
+        if not self._storages:
             self._allocate()
         obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
         done = np.asarray(done, dtype=bool)
@@ -241,7 +240,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
 
         beginning = ~self._running
         for key, storage in self._storages.items():
-            if not allocated:
+            if not storage.data.size:
                 storage.allocate(obs_[key], next_obs_[key])
             elif not storage.fits(obs_[key], next_obs_[key], beginning):
                 storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
@@ -356,7 +355,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
 
     def update_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
         """
-        :param indices: ``indices`` of a sample; those that have left the buffer since are passed over
+        :param indices: ``indices`` of a sample, since which nothing was added; places without a transition are passed over
         :param priorities: positive, (B,)
         """
         if self.n_sampleable == 0:

@@ -1,8 +1,8 @@
 """
 The two steps of training, each a batch in and new weights out: one encoder update, one value and policy update.
 
-Everything random (batch, noise, augmentation) comes in from outside, shapes are static and nothing waits for the device, so
-that a step can be compiled or captured as a whole.
+Everything random (batch, noise, augmentation) is an argument, shapes are static and nothing waits for the device: what
+compiling or capturing a step as a whole asks for.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -322,7 +321,7 @@ class MRQ(OffPolicyAlgorithm):
             warnings.warn(
                 f"Nothing will be learned: {last_step} steps end before learning_starts={self.learning_starts}. Train for "
                 "longer, or let learning start earlier.",
-                stacklevel=3,
+                stacklevel=4,
             )
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
@@ -444,6 +443,7 @@ class MRQ(OffPolicyAlgorithm):
         buffer_action = self.policy.explore(self._last_obs, 0.0 if action_noise is not None else self.exploration_noise)
         buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
         if not isinstance(self.action_space, spaces.Box):
+            buffer_action = buffer_action.astype(self.action_space.dtype)
             return buffer_action, buffer_action
         if action_noise is not None:
             noise = np.reshape(action_noise(), buffer_action.shape)
@@ -464,9 +464,7 @@ class MRQ(OffPolicyAlgorithm):
         return self.policy.preprocess(obs)
 
     def _augment(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
-        if not is_image_space(space, normalized_image=not self.policy.normalize_images):
-            return obs
-        return random_shift(obs, self.random_shift_pad)
+        return random_shift(obs, self.random_shift_pad) if self.policy.is_image(space) else obs
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         assert self.replay_buffer is not None
@@ -565,8 +563,10 @@ class MRQ(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         self._record_means(self._encoder_metrics)
         samples = self.replay_buffer.sample_n_step(self.batch_size, env=self._vec_normalize_env)
+        self.policy.set_training_mode(False)
         with th.no_grad():
             z_s = self.encoder.state(self.policy.preprocess(samples.observations))
+        self.policy.set_training_mode(True)
         # Effective rank (Roy and Vetterli, 2007): exponential of the entropy of the normalised singular values
         shares = th.linalg.svdvals(z_s)
         shares = shares / shares.sum()

@@ -51,7 +51,7 @@ class ELU(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
-        :param x: any shape, overwritten; what made it must not need it for its own gradient
+        :param x: any shape, overwritten (but not while traced or compiled); what made it must not need it for its gradient
         :return: x where positive, else exp(x) - 1
         """
         if th.jit.is_tracing() or th.compiler.is_compiling():
@@ -272,7 +272,7 @@ class Critic(nn.Module):
     Q: independent value heads on z_sa, each Linear-LN-activation for every hidden layer, then a linear layer to a scalar.
 
     :param z_sa_dim: size of the state-action embedding
-    :param net_arch: sizes of the hidden layers, at least one
+    :param net_arch: sizes of the hidden layers
     :param activation_fn: class of the activation
     :param n_critics: number of heads
     """

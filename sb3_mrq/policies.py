@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -122,6 +122,8 @@ class MRQPolicy(BasePolicy):
         for name, number in (("reward_bins_limit", reward_bins_limit), ("gumbel_temperature", gumbel_temperature)):
             if not number > 0:
                 raise ValueError(f"{name} is {number}, but must be positive.")
+        if reward_bins_limit > 80:
+            raise ValueError(f"reward_bins_limit is {reward_bins_limit}, but exp of more than 80 leaves the range of float32.")
         self.net_arch = complete_net_arch(net_arch)
         self.activation_fn = activation_fn
         self.actor_activation_fn = actor_activation_fn
@@ -206,6 +208,14 @@ class MRQPolicy(BasePolicy):
             )
         )
         return data
+
+    def is_image(self, space: spaces.Space) -> bool:
+        """
+        :param space: the observation space, or a part of it if that is a Dict
+        :return: whether its observations are treated as images
+        """
+        as_vector = issubclass(self.features_extractor_class, MLPExtractor)
+        return not as_vector and is_image_space(space, normalized_image=not self.normalize_images)
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """

@@ -9,7 +9,7 @@ import torch as th
 from gymnasium import spaces
 from scipy import stats
 
-from sb3_mrq import MRQ, augmentation
+from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, augmentation
 from sb3_mrq.augmentation import random_shift
 
 PAD = 4
@@ -177,3 +177,11 @@ def test_training_shifts_every_image_of_a_batch_and_acting_none(policy, key, pad
     n_images = 0 if policy == "MlpPolicy" else 2 * 3 * (5 + 1) + 3 + 3
     assert sum(count for count, _ in shifted) == n_images
     assert all(used == pad for _, used in shifted)
+
+
+@pytest.mark.parametrize(("policy_class", "size", "is_image"), [(MlpPolicy, 8, False), (CnnPolicy, 36, True)])
+def test_float_boxes_of_three_axes(policy_class, size, is_image):
+    """With ``normalize_images=False`` they are images for the policies that take images, but not for MlpPolicy."""
+    space = spaces.Box(0, 1, (2, size, size), np.float32)
+    policy = policy_class(space, spaces.Discrete(2), lambda _: 1e-3, normalize_images=False)
+    assert policy.is_image(space) == is_image

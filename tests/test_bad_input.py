@@ -258,3 +258,8 @@ def test_values_that_are_not_finite_behind_vec_normalize(training, fault, value)
         model.learn(30)
     assert model.replay_buffer.size() == 14
     assert np.isfinite(model.replay_buffer.mean_abs_reward())
+
+
+def test_reward_bins_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match=r"reward_bins_limit is 100"):
+        tiny_model(SpaceEnv(), policy_kwargs={"reward_bins_limit": 100.0})

@@ -1123,3 +1123,12 @@ def test_tree_clear():
     tree.set(np.array([499]), 1.5)
     assert tree.total == 1.5
     assert (tree.sample(100) == 499).all()
+
+
+def test_a_refused_first_add_leaves_the_buffer_usable():
+    buffer = make_buffer(buffer_size=20)
+    with pytest.raises(ValueError, match="Environment 0 gave the reward nan"):
+        add(buffer, np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.float32), reward=np.nan)
+    assert buffer.size() == 0
+    add_episode(buffer, 0, 3, "truncated")
+    assert buffer.size() == buffer.n_sampleable == 3

@@ -51,10 +51,10 @@ class ELU(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """
-        :param x: any shape, overwritten (but not while traced or compiled); what made it must not need it for its gradient
+        :param x: any shape, overwritten where this runs eagerly on a CPU; what made it must not need it for its gradient
         :return: x where positive, else exp(x) - 1
         """
-        if th.jit.is_tracing() or th.compiler.is_compiling():
+        if x.device.type != "cpu" or th.jit.is_tracing() or th.compiler.is_compiling():
             return F.elu(x)
         return _ELUFunction.apply(x)
 

@@ -114,7 +114,7 @@ class EvaluationCallback(BaseCallback):
             round(time.monotonic() - self.start),
         ]
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+            csv.writer(file, lineterminator="\n").writerow(row)
         tqdm.write(f"{self.task} seed {self.model.seed} step {self.num_timesteps}: return {row[3]} +- {row[4]}")
         return float(np.mean(returns))
 
@@ -158,7 +158,9 @@ def main() -> None:
         file.write(f"# versions: python {platform.python_version()}, {versions}\n")
         file.write(f"# machine: {platform.machine()}, {th.get_num_threads()} threads of {processor()}, {model.device}\n")
         file.write(f"# precision: float32, matrix products {args.matmul_precision}\n")
-        csv.writer(file).writerow(["env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds"])
+        csv.writer(file, lineterminator="\n").writerow(
+            ["env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds"]
+        )
 
     callback = EvaluationCallback(eval_env, path, args.eval_freq, args.eval_episodes, args.task, args.until)
     model.learn(args.steps, callback=callback, progress_bar=sys.stdout.isatty())

@@ -256,7 +256,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.actions[places] = np.reshape(action, (self.n_envs, self.action_dim))
         self.rewards[places] = reward
         terminated = done & ~truncated
-        self._flags[places] = PRESENT | STORED | np.where(done, ENDED, 0) | np.where(terminated, TERMINATED, 0)
+        self._flags[places] = PRESENT | STORED | np.where(terminated, TERMINATED, 0)
         self.has_terminated |= bool(terminated.any())
         self._n_stored += self.n_envs
         self._length += 1

@@ -4,8 +4,8 @@ Train MR.Q with its default hyperparameters on one task and write the evaluation
     python -m benchmarks.learning cartpole-swingup --seed 0 --steps 20000
     python -m benchmarks.learning CartPole-v1 --seed 0 --steps 20000 --eval-freq 1000 --until 475
 
-A name such as ``cartpole-swingup`` is a task of the DeepMind Control suite, any other an environment of gymnasium. dm_control
-tasks are preprocessed as in the paper: flattened observations, every action repeated twice, 500 agent steps an episode.
+A name such as ``cartpole-swingup`` is short for ``dmc/cartpole-swingup-v0``, a task of the DeepMind Control suite as
+preprocessed by ``sb3_mrq.envs``; any other is an environment of gymnasium.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -27,29 +26,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+import sb3_mrq.envs  # noqa: F401
 from sb3_mrq import MRQ
-
-
-class ActionRepeat(gym.Wrapper):
-    """
-    Repeat each action and sum the rewards.
-
-    :param env: the environment
-    :param n_repeats: how many times
-    """
-
-    def __init__(self, env: gym.Env, n_repeats: int):
-        super().__init__(env)
-        self.n_repeats = n_repeats
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        total = 0.0
-        for _ in range(self.n_repeats):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
 
 
 def processor() -> str:
@@ -68,13 +46,7 @@ def make_env(task: str) -> gym.Env:
     :param task: ``<domain>-<task>`` of the DeepMind Control suite, or an id of gymnasium
     :return: the environment, preprocessed
     """
-    if task[0].islower() and "-v" not in task:
-        import shimmy
-
-        gym.register_envs(shimmy)
-        env = gym.make(f"dm_control/{task}-v0", disable_env_checker=True)
-        return ActionRepeat(gym.wrappers.FlattenObservation(env), 2)
-    return gym.make(task)
+    return gym.make(f"dmc/{task}-v0" if task[0].islower() and "-v" not in task else task)
 
 
 class EvaluationCallback(BaseCallback):

@@ -1,0 +1,186 @@
+"""
+The DeepMind Control suite (Tassa et al. 2018, arXiv 1801.00690), through shimmy, with the paper's preprocessing.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.error import DependencyNotInstalled
+from gymnasium.utils import RecordConstructorArgs
+from gymnasium.wrappers import FrameStackObservation, HumanRendering
+
+from sb3_mrq.envs import rendering
+from sb3_mrq.envs.wrappers import ActionRepeat, FlattenObservation, ReshapeObservation
+
+rendering.choose_backend()
+try:
+    from dm_control import suite
+    from dm_control.rl.control import PhysicsError
+    from shimmy.dm_control_compatibility import DmControlCompatibilityV0
+except ModuleNotFoundError as error:
+    on_python = " on Python 3.12 or older, which dm_control needs" if sys.version_info >= (3, 13) else ""
+    raise DependencyNotInstalled(
+        f'The DeepMind Control suite is not installed: run `pip install "sb3-mrq[dmc]"`{on_python}'
+    ) from error
+except (ImportError, AttributeError, RuntimeError) as error:
+    # What dm_control and PyOpenGL raise where MUJOCO_GL names something that does not work
+    raise rendering.failure() from error
+
+ACTION_REPEAT = 2
+IMAGE_SIZE = 84
+STACK_SIZE = 3
+# Height and width of a frame for people, which every model of the suite has room for off screen
+FRAME_SIZE = 480
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Without MuJoCo's messages, logged by dm_control, that the suite's own models use deprecated features."""
+
+    def worth_reading(record: logging.LogRecord) -> bool:
+        return "deprecated" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(worth_reading)
+    try:
+        yield
+    finally:
+        logger.removeFilter(worth_reading)
+
+
+class DMControlEnv(DmControlCompatibilityV0):
+    """
+    A task of the DeepMind Control suite. Episodes are never terminated, and only ``TimeLimit`` sets an end to them. Where the
+    simulation diverges, in which case dm_control raises an exception, the episode is truncated, with the observation before it
+    once more, no reward, and the message as ``info["physics_error"]``.
+
+    All of the state, that of the random numbers included, is kept by pickle and deepcopy.
+
+    As in shimmy, ``np_random`` is a ``RandomState``, because that is what dm_control draws from. ``reset`` takes seeds below
+    ``2**32``.
+
+    :param domain: name of the domain, such as ``walker``
+    :param task: name of the task, such as ``walk``
+    :param render_mode: ``rgb_array``, in which ``render`` gives uint8 images (480, 480, 3), or None
+    """
+
+    def __init__(self, domain: str, task: str, render_mode: str | None = None):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', not {render_mode!r}")
+        with _without_deprecations():
+            env = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
+        # shimmy's belongs to the class and has a wrong frame rate. "human" is for HumanRendering around this one.
+        self.metadata = {"render_modes": ["human", "rgb_array"]}
+        super().__init__(env, render_mode)
+        self.metadata["render_fps"] = 1 / env.control_timestep()
+        # float64 in dm_control, but models act in float32, and Stable-Baselines3 warns of anything else
+        low, high = (np.asarray(bound, dtype=np.float32) for bound in (env.action_spec().minimum, env.action_spec().maximum))
+        self.action_space: spaces.Box = spaces.Box(low, high)
+        self.camera = 2 if domain == "quadruped" else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def _keep(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # A copy: arrays that belong to dm_control may change with the next step
+        self._last_obs = {key: np.array(value) for key, value in obs.items()}
+        return obs
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(seed=seed, options=options)
+        return self._keep(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        try:
+            obs, reward, _, _, info = super().step(action)
+        except PhysicsError as error:
+            if not np.isfinite(action).all():
+                raise
+            gym.logger.warn(f"The simulation diverged, so the episode is truncated: {error}")
+            return self._last_obs, 0.0, False, True, {"physics_error": str(error)}
+        return self._keep(obs), float(reward), False, False, info
+
+    def pixels(self, size: int) -> np.ndarray:
+        """
+        :param size: height and width
+        :return: what the task's camera sees, uint8 (size, size, 3)
+        :raises RuntimeError: if MuJoCo cannot render here
+        """
+        self.check_rendering()
+        return self._env.physics.render(size, size, camera_id=self.camera)
+
+    def check_rendering(self) -> None:
+        """
+        :raises RuntimeError: if MuJoCo cannot render here
+        """
+        try:
+            _ = self._env.physics.contexts  # made when first asked for
+        except Exception as error:  # of a different kind for each backend and cause
+            raise rendering.failure() from error
+
+    def render(self) -> np.ndarray | None:
+        return self.pixels(FRAME_SIZE) if self.render_mode == "rgb_array" else None
+
+
+class PixelObservation(gym.ObservationWrapper, RecordConstructorArgs):
+    """
+    Observe what the camera sees, rendered once for each observation, instead of the state.
+
+    :param env: wrapped or not, a :class:`DMControlEnv`
+    :param size: height and width of the uint8 images (3, size, size)
+    :raises RuntimeError: if MuJoCo cannot render here
+    """
+
+    def __init__(self, env: gym.Env, size: int):
+        RecordConstructorArgs.__init__(self, size=size)
+        gym.ObservationWrapper.__init__(self, env)
+        self.size = size
+        self.observation_space = spaces.Box(0, 255, (3, size, size), dtype=np.uint8)
+        self._task.check_rendering()
+
+    @property
+    def _task(self) -> Any:
+        return self.unwrapped
+
+    def observation(self, observation: Any) -> np.ndarray:
+        return self._task.pixels(self.size).transpose(2, 0, 1)
+
+
+def _make(domain: str, task: str, render_mode: str | None) -> gym.Env:
+    # People see frames by HumanRendering, which works with any backend, and shows one for each step of the agent
+    return ActionRepeat(DMControlEnv(domain, task, "rgb_array" if render_mode == "human" else render_mode), ACTION_REPEAT)
+
+
+def _display(env: gym.Env, render_mode: str | None) -> gym.Env:
+    return HumanRendering(env) if render_mode == "human" else env
+
+
+def make_dmc(domain: str, task: str, render_mode: str | None = None) -> gym.Env:
+    """
+    :param domain: name of the domain, such as ``walker``
+    :param task: name of the task, such as ``walk``
+    :param render_mode: None, ``human`` or ``rgb_array``
+    :return: the task with flat observations of the state, float64 (n,), and every action repeated twice
+    """
+    return _display(FlattenObservation(_make(domain, task, render_mode)), render_mode)
+
+
+def make_dmc_visual(domain: str, task: str, render_mode: str | None = None) -> gym.Env:
+    """
+    :param domain: name of the domain, such as ``walker``
+    :param task: name of the task, such as ``walk``
+    :param render_mode: None, ``human`` or ``rgb_array``; observations are rendered in any case
+    :return: the task with the last 3 images as observation, oldest first, uint8 (9, 84, 84), and every action repeated twice
+    :raises RuntimeError: if MuJoCo cannot render here
+    """
+    env = FrameStackObservation(PixelObservation(_make(domain, task, render_mode), IMAGE_SIZE), STACK_SIZE)
+    return _display(ReshapeObservation(env, (3 * STACK_SIZE, IMAGE_SIZE, IMAGE_SIZE)), render_mode)

@@ -1,0 +1,21 @@
+"""
+MRQ as the algorithm ``mrq`` of rl-zoo3.
+
+Importing this package registers it, after which rl-zoo3's own functions and classes know it, and every script of rl-zoo3 runs
+with it through the command ``sb3-mrq <script>`` or ``python -m sb3_mrq.zoo <script>``.
+"""
+
+try:
+    import rl_zoo3  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "rl_zoo3":
+        raise
+    raise ModuleNotFoundError(
+        'rl-zoo3 is not installed. Install it with: pip install "sb3-mrq[zoo]"', name=error.name
+    ) from None
+
+from sb3_mrq.zoo.registration import register
+
+register()
+
+__all__ = ["register"]

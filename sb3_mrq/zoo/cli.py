@@ -1,0 +1,232 @@
+"""
+Command line: every script of rl-zoo3 with its own arguments, with ``mrq`` among the algorithms.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import rl_zoo3.utils
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3.exp_manager import ExperimentManager
+
+from sb3_mrq.zoo.configuration import ConfigurationError, closest
+
+# Modules of rl-zoo3, some of which have a function to call and some of which only run as a program
+SCRIPTS = {
+    "train": "rl_zoo3.train:train",
+    "enjoy": "rl_zoo3.enjoy:enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "plot_train": "rl_zoo3.plots:plot_train",
+    "all_plots": "rl_zoo3.plots:all_plots",
+    "plot_from_file": "rl_zoo3.plots:plot_from_file",
+    "benchmark": "rl_zoo3.benchmark",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+    "load_from_hub": "rl_zoo3.load_from_hub",
+}
+
+USAGE = f"""usage: sb3-mrq <script> [arguments]
+
+Scripts of rl-zoo3: {", ".join(SCRIPTS)}.
+Each takes its own arguments: sb3-mrq <script> --help. The algorithm of this package is --algo mrq.
+"""
+
+# Extras of the package, by the modules that they install
+EXTRAS = {
+    "Box2D": "box2d",
+    "ale_py": "atari",
+    "cv2": "atari",
+    "dm_control": "dmc",
+    "huggingface_hub": "zoo",
+    "moviepy": "zoo",
+    "mujoco": "mujoco",
+    "optuna": "zoo",
+    "pandas": "zoo",
+    "pytablewriter": "zoo",
+    "rliable": "zoo",
+    "scipy": "zoo",
+    "seaborn": "zoo",
+    "shimmy": "dmc",
+}
+
+
+def _install_command(module: str) -> str:
+    return f'{module} is not installed. Install it with: pip install "sb3-mrq[{EXTRAS[module]}]"'
+
+
+def _known_options(arguments: list[str]) -> argparse.Namespace:
+    """
+    :param arguments: arguments of a script that takes a task
+    :return: those that matter here, None where they are not given; the script itself will complain about wrong ones
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in ("--algo", "--env", "--eval-freq", "--eval-episodes"):
+        parser.add_argument(name)
+    parser.add_argument("--gym-packages", nargs="+", default=[])
+    return parser.parse_known_args(arguments)[0]
+
+
+def _check_task(env_id: str) -> None:
+    """
+    :param env_id: id of a task
+    :raises ConfigurationError: if nothing is registered under it, with the closest id or what is to be installed
+    """
+    # With a colon, the task is registered by the module named before it
+    if env_id in gym.registry or ":" in env_id:
+        return
+    if env_id.startswith("ALE/") and importlib.util.find_spec("ale_py") is None:
+        raise ConfigurationError(_install_command("ale_py"))
+    raise ConfigurationError(f"There is no task {env_id}.{closest(env_id, gym.registry)}")
+
+
+def _evaluation_arguments(options: argparse.Namespace) -> list[str]:
+    """
+    :param options: what the user gave to ``train`` for ``mrq``
+    :return: interval and number of episodes of the paper's evaluations, where the user gave none
+    """
+    arguments = []
+    if options.eval_freq is None:
+        is_atari = options.env in gym.registry and ExperimentManager.is_atari(options.env)
+        arguments += ["--eval-freq", "100000" if is_atari else "5000"]
+    if options.eval_episodes is None:
+        arguments += ["--eval-episodes", "10"]
+    return arguments
+
+
+def _folder_names(arguments: list[str]) -> list[str]:
+    """
+    :param arguments: arguments of a plotting script, which looks for names of tasks among names of folders
+    :return: the same with ids such as ``dmc/walker-walk-v0`` as rl-zoo3 writes them in the names of folders
+    """
+    return [EnvironmentName(argument) if argument in gym.registry else argument for argument in arguments]
+
+
+def _our_command(command: list[str]) -> list[str]:
+    """
+    :param command: a command by which a script of rl-zoo3 starts another
+    :return: the command that starts it with ``mrq`` among the algorithms
+    """
+    command = [getattr(argument, "gym_id", argument) for argument in command]
+    here = [sys.executable, "-m", "sb3_mrq.zoo"]
+    for theirs, script in ((["python", "enjoy.py"], "enjoy"), (["python", "-m", "rl_zoo3.record_video"], "record_video")):
+        if command[: len(theirs)] == theirs:
+            return [*here, script, *command[len(theirs) :]]
+    return command
+
+
+@contextlib.contextmanager
+def _scripts_that_start_scripts() -> Iterator[None]:
+    """
+    For ``benchmark`` and ``record_training``, which start other scripts in new processes, where ``mrq`` must be known too, and
+    which look for folders by the id of a task, which may hold a slash.
+    """
+    call, get_trained_models = subprocess.call, rl_zoo3.utils.get_trained_models
+
+    def our_call(command: list[str], **kwargs: Any) -> int:
+        return call(_our_command(command), **kwargs)
+
+    def models_by_folder(log_folder: str) -> dict[str, tuple[str, str]]:
+        return {name: (algo, EnvironmentName(env)) for name, (algo, env) in get_trained_models(log_folder).items()}
+
+    subprocess.call = our_call  # type: ignore[assignment]
+    rl_zoo3.utils.get_trained_models = models_by_folder
+    try:
+        yield
+    finally:
+        subprocess.call, rl_zoo3.utils.get_trained_models = call, get_trained_models
+
+
+@contextlib.contextmanager
+def _ffmpeg() -> Iterator[None]:
+    """
+    For ``record_training``, which calls ``ffmpeg``: where the system has none, that of imageio-ffmpeg, if installed.
+    """
+    if shutil.which("ffmpeg") is not None or importlib.util.find_spec("imageio_ffmpeg") is None:
+        yield
+        return
+    import imageio_ffmpeg
+
+    path = os.environ["PATH"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = path
+
+
+def _supply_generate_metadata() -> None:
+    """
+    For ``push_to_hub``, which asks huggingface_sb3 for a function that version 3.2 of that has renamed.
+    """
+    hub = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+
+        def generate_metadata(*args: Any) -> dict[str, Any]:
+            return hub._generate_metadata(*args).to_dict()
+
+        hub.generate_metadata = generate_metadata  # type: ignore[attr-defined]
+
+
+def run(script: str, arguments: list[str]) -> None:
+    """
+    Run a script of rl-zoo3 in this process.
+
+    :param script: its name, see ``SCRIPTS``
+    :param arguments: its arguments
+    :raises ConfigurationError: for a task that does not exist
+    """
+    if script in ("plot_train", "all_plots", "plot_from_file"):
+        arguments = _folder_names(arguments)
+    else:
+        options = _known_options(arguments)
+        for package in options.gym_packages:
+            importlib.import_module(package)
+        if options.env is not None:
+            _check_task(options.env)
+        if script == "train" and options.algo == "mrq":
+            arguments = [*arguments, *_evaluation_arguments(options)]
+
+    if script == "push_to_hub":
+        _supply_generate_metadata()
+    module, _, function = SCRIPTS[script].partition(":")
+    sys.argv = [f"sb3-mrq {script}", *arguments]
+    if function:
+        getattr(importlib.import_module(module), function)()
+    else:
+        with _scripts_that_start_scripts(), _ffmpeg():
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    """
+    Run the script that the command line names.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if arguments else 2)
+    script, *rest = arguments
+    if script not in SCRIPTS:
+        sys.exit(f"sb3-mrq: error: there is no script {script}.{closest(script, SCRIPTS)}\n\n{USAGE}")
+    try:
+        run(script, rest)
+    except ConfigurationError as error:
+        sys.exit(f"sb3-mrq {script}: error: {error}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in EXTRAS:
+            raise
+        sys.exit(f"sb3-mrq {script}: error: {_install_command(error.name.split('.')[0])}")

@@ -1,0 +1,275 @@
+"""
+rl-zoo3's scripts through the command line, each in a process of its own, as a user starts them.
+"""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pandas as pd
+import pytest
+
+from sb3_mrq import MRQ
+
+HERE = Path(__file__).resolve().parent
+# Small networks, a short warm-up
+SMALL = [
+    "-params",
+    "learning_starts:100",
+    "batch_size:8",
+    "policy_kwargs:dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_sa_dim=8, z_a_dim=4)",
+]
+FAST = ["--num-threads", "1", "--device", "cpu"]
+
+
+def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.environ, **variables):
+    """Run a script in a folder; its result, whatever that is."""
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        cwd=folder,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def zoo(folder, *arguments, **environment):
+    """Run a script in a folder; what it prints."""
+    result = call(folder, *arguments, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def n_frames(video):
+    return imageio_ffmpeg.count_frames_and_secs(str(video))[0]
+
+
+@pytest.fixture(scope="module", params=["Pendulum-v1", "CartPole-v1"])
+def env_id(request):
+    """A task with continuous and one with discrete actions."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, env_id):
+    """Where a short training run was made."""
+    folder = tmp_path_factory.mktemp(env_id)
+    zoo(
+        folder,
+        *("train", "--algo", "mrq", "--env", env_id, "-n", 400, "--eval-freq", 100, "--eval-episodes", 2, *FAST),
+        *("--save-freq", 200, "--save-replay-buffer", "--seed", 1, *SMALL),
+    )
+    return folder
+
+
+class TestOneTask:
+    def test_train(self, folder, env_id):
+        run = folder / "logs" / "mrq" / f"{env_id}_1"
+        files = {path.name for path in run.iterdir()}
+        expected = {"best_model.zip", "evaluations.npz", "rl_model_200_steps.zip", "rl_model_400_steps.zip", "0.monitor.csv"}
+        assert files >= expected | {f"{env_id}.zip", "replay_buffer.pkl"}
+        evaluations = np.load(run / "evaluations.npz")
+        assert evaluations["timesteps"].tolist() == [100, 200, 300, 400]
+        assert evaluations["results"].shape == (4, 2)
+        model = MRQ.load(run / f"{env_id}.zip", device="cpu")
+        assert (model.num_timesteps, model._n_updates, model.seed) == (400, 300, 1)
+
+    def test_continue(self, folder, env_id):
+        agent = folder / "logs" / "mrq" / f"{env_id}_1" / f"{env_id}.zip"
+        zoo(
+            folder,
+            *("train", "--algo", "mrq", "--env", env_id, "-i", agent, "-n", 50, "--eval-freq", -1, *FAST),
+            *("-f", "continued"),
+        )
+        model = MRQ.load(folder / "continued" / "mrq" / f"{env_id}_1" / f"{env_id}.zip", device="cpu")
+        # Trained at every step: the warm-up was in the replay buffer
+        assert (model.num_timesteps, model._n_updates) == (50, 350)
+
+    def test_enjoy(self, folder, env_id):
+        # One episode of Pendulum takes 200 steps, one of CartPole 500 at most
+        arguments = ["enjoy", "--algo", "mrq", "--env", env_id, "-f", "logs", "--no-render", "-n", 600, *FAST]
+        for which in (["--load-best"], ["--load-checkpoint", 200], ["--load-last-checkpoint"]):
+            output = zoo(folder, *arguments, *which)
+            assert re.search(r"Mean reward: -?\d+\.\d+ \+/- \d+\.\d+", output)
+            name = {"--load-best": "best_model", "--load-checkpoint": "rl_model_200_steps"}.get(which[0], "rl_model_400_steps")
+            assert f"Loading logs/mrq/{env_id}_1/{name}.zip" in output
+
+    def test_record_video(self, folder, env_id):
+        zoo(folder, "record_video", "--algo", "mrq", "--env", env_id, "-f", "logs", "-n", 30)
+        (video,) = (folder / "logs" / "mrq" / f"{env_id}_1" / "videos").glob("*.mp4")
+        assert n_frames(video) >= 30
+
+    def test_plots(self, folder, env_id):
+        figures = folder / "figures"
+        figures.mkdir()
+        environment = dict(MPLBACKEND="module://save_figures_backend", PYTHONPATH=str(HERE), FIGURES=str(figures))
+        # Two runs of an algorithm are the least that plot_from_file takes
+        runs = folder / "two" / "mrq"
+        for number in (1, 2):
+            shutil.copytree(folder / "logs" / "mrq" / f"{env_id}_1", runs / f"{env_id}_{number}")
+        episodes = sum(1 for _ in (runs / f"{env_id}_1" / "0.monitor.csv").open()) - 2
+
+        output = zoo(folder, "plot_train", "-a", "mrq", "-e", env_id, "-f", "two", "-w", 1, **environment)
+        assert f"figure 1: points of its lines [{episodes}, {episodes}]" in output
+
+        arguments = ["-a", "mrq", "-e", env_id, "-f", "two", "--no-million"]
+        output = zoo(folder, "all_plots", *arguments, "-o", "results", **environment)
+        assert "figure 1: points of its lines [4]" in output
+        assert re.search(rf"\|{env_id} *\| *-?\d", output)
+
+        output = zoo(folder, "plot_from_file", "-i", "results.pkl", "-o", "curve.png", "--format", "png", **environment)
+        assert "points of its lines [4]" in output
+        assert (folder / "curve.png").stat().st_size > 5000
+        assert len(list(figures.iterdir())) >= 3
+
+    def test_optimize(self, folder, env_id):
+        """Two workers, one after the other, share a study."""
+        for _ in range(2):
+            zoo(
+                folder,
+                *("train", "--algo", "mrq", "--env", env_id, "-optimize", "-n", 130, "--n-trials", 1, *FAST, "-f", "search"),
+                *("--storage", "search/journal.log", "--study-name", "mrq", "--no-optim-plots", "--eval-episodes", 1),
+                *("--n-evaluations", 1, *SMALL[:2], *SMALL[3:]),
+            )
+        reports = sorted((folder / "search" / "mrq").glob("report_*.csv"), key=lambda path: path.stat().st_mtime)
+        trials = pd.read_csv(reports[-1])
+        assert trials["state"].tolist() == ["COMPLETE", "COMPLETE"]
+        assert trials["params_encoder_horizon"].between(1, 8).all()
+
+
+@pytest.fixture(scope="module")
+def visual(tmp_path_factory):
+    """A few random steps in a task with a slash in its name, in worker processes, without saying how to render."""
+    folder = tmp_path_factory.mktemp("visual")
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    zoo(
+        folder,
+        *("train", "--algo", "mrq", "--env", "dmc-visual/cartpole-balance-v0", "--vec-env", "subproc", "-n", 20, *FAST),
+        *("--eval-freq", -1, "--save-freq", 10, "-params", "n_envs:2"),
+        environment=environment,
+    )
+    return folder
+
+
+def test_subproc(visual):
+    model = MRQ.load(visual / "logs" / "mrq" / "dmc-visual-cartpole-balance-v0_1" / "dmc-visual-cartpole-balance-v0.zip")
+    assert model.observation_space.shape == (9, 84, 84)
+
+
+def test_record_training(visual):
+    zoo(visual, "record_training", "--algo", "mrq", "--env", "dmc-visual/cartpole-balance-v0", "-f", "logs", "-n", 12)
+    videos = visual / "logs" / "mrq" / "dmc-visual-cartpole-balance-v0_1" / "videos"
+    names = sorted(path.name for path in videos.glob("*.mp4"))
+    assert "training.mp4" in names
+    # The final model and two checkpoints
+    assert n_frames(videos / "training.mp4") >= 3 * 12
+
+
+def test_benchmark(visual):
+    zoo(visual, "benchmark", "--log-dir", "logs", "--benchmark-dir", "bench", "-n", 600, "--no-hub", "--num-threads", 1)
+    (row,) = [line for line in (visual / "benchmark.md").read_text().splitlines() if "cartpole" in line]
+    algo, task, mean, _, trained, steps, episodes = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (algo, task, trained) == ("mrq", "dmc-visual-cartpole-balance-v0", "500k")
+    assert 0 < float(mean) < 1000
+    assert (int(steps), int(episodes)) == (500, 1)
+
+
+def test_another_algorithm(tmp_path):
+    arguments = ["--algo", "td3", "--env", "Pendulum-v1", *FAST]
+    output = zoo(tmp_path, "train", *arguments, "-n", 250, "--eval-freq", 200, "--eval-episodes", 1)
+    assert "rl_zoo3/hyperparams/td3.yml" in output
+    assert np.load(tmp_path / "logs" / "td3" / "Pendulum-v1_1" / "evaluations.npz")["results"].shape == (1, 1)
+    output = zoo(tmp_path, "enjoy", *arguments, "-f", "logs", "--no-render", "-n", 200)
+    assert "Mean reward" in output
+
+
+def test_to_the_hub_and_back(tmp_path):
+    arguments = ["--algo", "mrq", "--env", "CartPole-v1"]
+    zoo(tmp_path, "train", *arguments, "-n", 50, "--eval-freq", -1, *FAST)
+    through_hub = ("-c", "import local_hub; from sb3_mrq.zoo.cli import main; main()")
+    variables = dict(command=through_hub, PYTHONPATH=str(HERE), HUB=str(tmp_path / "remote"))
+
+    zoo(tmp_path, "push_to_hub", *arguments, "-f", "logs", "-orga", "us", "-n", 30, "--device", "cpu", **variables)
+    repository = tmp_path / "remote" / "us" / "mrq-CartPole-v1"
+    card = (repository / "README.md").read_text()
+    assert "- name: MRQ" in card and "mean_reward" in card
+    assert n_frames(repository / "replay.mp4") >= 30
+
+    zoo(tmp_path, "load_from_hub", *arguments, "-f", "fetched", "-orga", "us", **variables)
+    output = zoo(tmp_path, "enjoy", *arguments, "-f", "fetched", "--no-render", "-n", 100, *FAST)
+    assert "Mean reward" in output
+
+
+def test_watching_atari_takes_little_memory(tmp_path):
+    arguments = ["--algo", "mrq", "--env", "ALE/Pong-v5", *FAST]
+    zoo(tmp_path, "train", *arguments, "-n", 20, "--eval-freq", -1)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    command = [sys.executable, "-m", "sb3_mrq.zoo", "enjoy", *arguments, "-f", "logs", "--no-render", "-n", "200"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss * 1024 < 1e9, f"{usage.ru_maxrss / 1e6} GB, and {before} kB of a process before"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "there is no script trian. Did you mean train?"),
+        (["train", "--algo", "mrq", "--env", "dmc/cartpole-swinup-v0"], "Did you mean dmc/cartpole-swingup-v0?"),
+        (["enjoy", "--algo", "mrq", "--env", "ALE/Pongo-v5"], "There is no task ALE/Pongo-v5. Did you mean ALE/Pong-v5?"),
+        (["train", "--algo", "mrq", "-params", "gama:0.9"], "MRQ has no hyperparameter gama. Did you mean gamma?"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, message):
+    result = call(tmp_path, *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def without(folder, *modules):
+    """Environment variables under which some modules cannot be imported."""
+    for module in modules:
+        (folder / "blocked" / module).mkdir(parents=True)
+        (folder / "blocked" / module / "__init__.py").write_text(
+            f"raise ModuleNotFoundError('No module named {module}', name={module!r})"
+        )
+    return {"PYTHONPATH": str(folder / "blocked")}
+
+
+def test_without_rl_zoo3(tmp_path):
+    environment = without(tmp_path, "rl_zoo3")
+    assert call(tmp_path, command=("-c", "import sb3_mrq"), **environment).returncode == 0
+    result = call(tmp_path, "train", **environment)
+    assert result.returncode != 0
+    assert 'pip install "sb3-mrq[zoo]"' in result.stderr.splitlines()[-1]
+
+
+def test_without_what_plots_need(tmp_path):
+    result = call(tmp_path, "plot_train", "-a", "mrq", "-e", "Pendulum-v1", "-f", "logs", **without(tmp_path, "seaborn"))
+    assert result.stderr.splitlines()[-1] == (
+        'sb3-mrq plot_train: error: seaborn is not installed. Install it with: pip install "sb3-mrq[zoo]"'
+    )
+
+
+def test_usage(tmp_path):
+    result = call(tmp_path, "--help")
+    assert result.returncode == 0
+    for script in ("train", "enjoy", "record_video", "record_training", "plot_train", "all_plots", "plot_from_file"):
+        assert script in result.stdout
+    assert call(tmp_path).returncode == 2
+    for script in ("push_to_hub", "load_from_hub"):
+        result = call(tmp_path, script, "--help")
+        assert result.returncode == 0 and "mrq" in result.stdout
+
+
+def test_console_script():
+    result = subprocess.run([str(Path(sys.executable).parent / "sb3-mrq"), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "usage: sb3-mrq" in result.stdout

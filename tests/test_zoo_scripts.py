@@ -158,6 +158,16 @@ def visual(tmp_path_factory):
     return folder
 
 
+def test_video_of_mujoco(tmp_path, monkeypatch):
+    """Without a display, and without saying how to render."""
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    arguments = ["--algo", "mrq", "--env", "InvertedPendulum-v5"]
+    zoo(tmp_path, "train", *arguments, "-n", 20, "--eval-freq", -1, *FAST)
+    zoo(tmp_path, "record_video", *arguments, "-f", "logs", "-n", 10)
+    (video,) = (tmp_path / "logs" / "mrq" / "InvertedPendulum-v5_1" / "videos").glob("*.mp4")
+    assert n_frames(video) >= 10
+
+
 def test_subproc(visual):
     model = MRQ.load(visual / "logs" / "mrq" / "dmc-visual-cartpole-balance-v0_1" / "dmc-visual-cartpole-balance-v0.zip")
     assert model.observation_space.shape == (9, 84, 84)

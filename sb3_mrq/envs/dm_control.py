@@ -62,7 +62,7 @@ class DMControlEnv(DmControlCompatibilityV0):
 
     All of the state, that of the random numbers included, is kept by pickle and deepcopy.
 
-    As in shimmy, ``np_random`` is a ``RandomState``, because that is what dm_control draws from. ``reset`` takes seeds below
+    As in shimmy, ``np_random`` is a ``RandomState``, because that is what dm_control draws from; it takes seeds modulo
     ``2**32``.
 
     :param domain: name of the domain, such as ``walker``
@@ -96,7 +96,8 @@ class DMControlEnv(DmControlCompatibilityV0):
         return obs
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        obs, info = super().reset(seed=seed, options=options)
+        # rl-zoo3 may count up from a seed just below the limit
+        obs, info = super().reset(seed=None if seed is None else seed % 2**32, options=options)
         return self._keep(obs), info
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:

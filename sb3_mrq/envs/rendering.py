@@ -1,7 +1,8 @@
 """
 Choice of the OpenGL library that MuJoCo renders with where there is no display.
 
-dm_control takes the first one that can be imported, GLFW, which needs a display, and cannot change its mind later.
+Left alone, both dm_control and gymnasium take the first one that can be imported, GLFW, which needs a display, and dm_control
+cannot change its mind later.
 """
 
 import os
@@ -10,8 +11,7 @@ import sys
 
 VARIABLE = "MUJOCO_GL"
 
-# Makes an OpenGL context in the way that dm_control does
-_PROBE = "from dm_control._render import Renderer; Renderer(64, 64).free()"
+_PROBE = "import mujoco; mujoco.GLContext(64, 64).make_current()"
 
 
 def choose_backend() -> None:

@@ -21,6 +21,7 @@ import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_mrq.envs import rendering
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
 
 # Modules of rl-zoo3, some of which have a function to call and some of which only run as a program
@@ -197,6 +198,8 @@ def run(script: str, arguments: list[str]) -> None:
             importlib.import_module(package)
         if options.env is not None:
             _check_task(options.env)
+            if script != "train" and "mujoco" in str(gym.registry.get(options.env)):
+                rendering.choose_backend()
         if script == "train" and options.algo == "mrq":
             arguments = [*arguments, *_evaluation_arguments(options)]
 

@@ -312,7 +312,11 @@ class MRQPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        for network in (self.encoder, self.critic, self.actor):
+        online = (self.encoder, self.critic, self.actor)
+        # To visit every module for each action would take as long as to compute it
+        if all(module.training == mode for module in (self, *online)):
+            return
+        for network in online:
             network.train(mode)
         for target in (self.encoder_target, self.critic_target, self.actor_target):
             target.train(False)

@@ -112,6 +112,7 @@ def main() -> None:
         default="highest",
         help="torch.set_float32_matmul_precision: medium computes float32 products in bfloat16 where that is faster",
     )
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="see MRQ")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.threads:
@@ -120,16 +121,17 @@ def main() -> None:
 
     env = make_vec_env(lambda: make_env(args.task), seed=args.seed)
     eval_env = make_vec_env(lambda: make_env(args.task), seed=args.seed + 1000)
-    model = MRQ("MlpPolicy", env, seed=args.seed)
+    model = MRQ("MlpPolicy", env, seed=args.seed, precision=args.precision)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"mrq-{args.task.replace('/', '_')}-seed{args.seed}.csv"
+    variant = "-bfloat16" if args.precision == "bfloat16" else ""
+    path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
     versions = ", ".join(f"{name} {version(name)}" for name in ("stable-baselines3", "torch", "gymnasium", "numpy"))
     with path.open("w", newline="") as file:
         file.write(f"# command: python -m benchmarks.learning {shlex.join(sys.argv[1:])}\n")
         file.write(f"# versions: python {platform.python_version()}, {versions}\n")
         file.write(f"# machine: {platform.machine()}, {th.get_num_threads()} threads of {processor()}, {model.device}\n")
-        file.write(f"# precision: float32, matrix products {args.matmul_precision}\n")
+        file.write(f"# precision: {args.precision}, float32 matrix products {args.matmul_precision}\n")
         csv.writer(file, lineterminator="\n").writerow(
             ["env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds"]
         )

@@ -2,14 +2,18 @@
 The two steps of training, each a batch in and new weights out: one encoder update, one value and policy update.
 
 Everything random (batch, noise, augmentation) is an argument, shapes are static and nothing waits for the device: what
-compiling or capturing a step as a whole asks for.
+compiling or capturing a step asks for. What has a gradient is a function from tensors to losses, one for each loss; these are
+compiled, and run under autocast where the matrix products are to be in bfloat16. Backward passes and optimisers are outside of
+them: autocast keeps the bfloat16 copy of a weight for as long as its region lasts, also when the weight has changed.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import nn
+from torch.func import functional_call
 
 from sb3_mrq import losses
 from sb3_mrq.action_spaces import BoxActions, CategoricalActions
@@ -59,6 +63,56 @@ def grad_norm(module: nn.Module) -> th.Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
+def with_fixed_weights(module: nn.Module, *args: th.Tensor) -> th.Tensor:
+    """
+    :param module: a network
+    :param args: its arguments
+    :return: its output, through which gradients flow to the arguments, but not to the weights, so that none are computed
+    """
+    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
+
+
+class CompiledFunction:
+    """
+    A function compiled by ``torch.compile`` when it is first called, or the function itself where that fails: for want of a
+    C++ compiler, say, or because a user's network cannot be compiled.
+
+    :param function: from tensors to tensors
+    :param give_up: called with the error where it fails
+    """
+
+    def __init__(self, function: Callable[..., Any], give_up: Callable[[Exception], None]):
+        self.function = function
+        self.give_up = give_up
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            self.compiled = self._compile(args)
+        return self.compiled(*args)
+
+    def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        try:
+            compiled = th.compile(self.function, dynamic=False)
+            outputs = compiled(*args)
+            # The backward pass is compiled when it is first run
+            losses_of_it = [output for output in _leaves(outputs) if output.requires_grad]
+            if losses_of_it:
+                losses_of_it[0].sum().backward()
+        except Exception as error:
+            self.give_up(error)
+            return self.function
+        return compiled
+
+
+def _leaves(outputs: Any) -> list[th.Tensor]:
+    """
+    :param outputs: a tensor or nested tuples of these
+    :return: the tensors, in order
+    """
+    return [outputs] if isinstance(outputs, th.Tensor) else [leaf for output in outputs for leaf in _leaves(output)]
+
+
 class Learner:
     """
     Holds the networks, their targets and optimisers (``.optimizer`` of each online network), and updates them.
@@ -80,6 +134,9 @@ class Learner:
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
     :param priority_alpha: exponent of the priorities
     :param min_td_error: errors below this have one priority
+    :param bfloat16: whether networks compute matrix products, and keep activations, in bfloat16. Weights, losses, targets and
+        optimisers are in float32 in any case.
+    :param compiled: whether to compile the losses
     """
 
     def __init__(
@@ -102,6 +159,8 @@ class Learner:
         pre_activation_weight: float,
         priority_alpha: float,
         min_td_error: float,
+        bfloat16: bool = False,
+        compiled: bool = False,
     ):
         self.encoder, self.encoder_target = encoder, encoder_target
         self.critic, self.critic_target = critic, critic_target
@@ -117,6 +176,36 @@ class Learner:
         self.pre_activation_weight = pre_activation_weight
         self.priority_alpha = priority_alpha
         self.min_td_error = min_td_error
+        self.bfloat16 = bfloat16
+        self.compile(compiled)
+
+    def compile(self, compiled: bool) -> None:
+        """
+        Choose how the losses are computed from now on.
+
+        :param compiled: whether to compile them, which takes a while when they are next needed
+        """
+
+        def give_up(error: Exception) -> None:
+            self.compile(False)
+            warnings.warn(
+                f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "
+                f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+        def choose(function: Callable[..., Any]) -> Callable[..., Any]:
+            return CompiledFunction(function, give_up) if compiled else function
+
+        self.compiled = compiled
+        self._encoder_loss = choose(self.encoder_loss)
+        self._value_target = choose(self.value_target)
+        self._value_loss = choose(self.value_loss)
+        self._policy_loss = choose(self.policy_loss)
+
+    def _autocast(self) -> th.autocast:
+        device = self.encoder.predictor.bins.device
+        return th.autocast(device.type, th.bfloat16, enabled=self.bfloat16)
 
     def sample_noise(self, batch_size: int) -> Noise:
         """
@@ -136,6 +225,39 @@ class Learner:
         ):
             for source, copy in zip(online.state_dict().values(), target.state_dict().values(), strict=True):
                 copy.copy_(source)
+
+    def encoder_loss(
+        self,
+        first_obs: Observation,
+        next_obs: Sequence[Observation],
+        actions: th.Tensor,
+        rewards: th.Tensor,
+        terminated: th.Tensor,
+        mask: th.Tensor,
+        termination_switch: th.Tensor | float,
+    ) -> losses.EncoderLoss:
+        """
+        :return: the loss of f, g and m; for the parameters see ``update_encoder``
+        """
+        with self._autocast():
+            with th.no_grad():
+                # A batch at a time: intermediate results stay in the processor's cache, and images take a fraction of the
+                # memory
+                target_z_s = th.stack([self.encoder_target.state(obs) for obs in next_obs], dim=1)
+            predicted_terminated, predicted_z_s, reward_logits = self.encoder.unroll(self.encoder.state(first_obs), actions)
+        return losses.encoder_loss(
+            predicted_z_s.to(rewards.dtype),
+            target_z_s.to(rewards.dtype),
+            reward_logits.to(rewards.dtype),
+            rewards,
+            predicted_terminated.to(rewards.dtype),
+            terminated,
+            mask,
+            self.encoder.predictor.bins,
+            dynamics_weight=self.dynamics_weight,
+            reward_weight=self.reward_weight,
+            termination_weight=self.termination_weight * termination_switch,
+        )
 
     def update_encoder(
         self,
@@ -159,29 +281,65 @@ class Learner:
         :param termination_switch: 1, or 0 to leave out the termination term
         :return: the losses before the step
         """
-        with th.no_grad():
-            # A batch at a time: intermediate results stay in the processor's cache, and images take a fraction of the memory
-            target_z_s = th.stack([self.encoder_target.state(obs) for obs in next_obs], dim=1)
-
-        predicted_terminated, predicted_z_s, reward_logits = self.encoder.unroll(self.encoder.state(first_obs), actions)
-        loss = losses.encoder_loss(
-            predicted_z_s,
-            target_z_s,
-            reward_logits,
-            rewards,
-            predicted_terminated,
-            terminated,
-            mask,
-            self.encoder.predictor.bins,
-            dynamics_weight=self.dynamics_weight,
-            reward_weight=self.reward_weight,
-            termination_weight=self.termination_weight * termination_switch,
-        )
-
+        loss = self._encoder_loss(first_obs, next_obs, actions, rewards, terminated, mask, termination_switch)
         self.encoder.optimizer.zero_grad()
         loss.total.backward()
         self.encoder.optimizer.step()
         return EncoderMetrics(*(term.detach() for term in loss))
+
+    @th.no_grad()
+    def value_target(
+        self,
+        obs: Observation,
+        actions: th.Tensor,
+        rewards: th.Tensor,
+        terminated: th.Tensor,
+        mask: th.Tensor,
+        next_obs: Observation,
+        reward_scale: th.Tensor | float,
+        target_reward_scale: th.Tensor | float,
+        noise: Noise,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :return: the target y (B, 1), and the embeddings z_s (B, Z) and z_sa (B, ZSA) of the online encoder, into which no
+            gradient flows; for the parameters see ``update_value_and_policy``
+        """
+        with self._autocast():
+            next_z_s = self.encoder_target.state(next_obs)
+            next_action = self.actions.activation(self.actor_target(next_z_s).to(rewards.dtype), noise.target_gumbel)
+            next_action = self.actions.smooth(
+                next_action, noise.target_normal, self.target_policy_noise, self.target_noise_clip
+            )
+            next_q = self.critic_target(self.encoder_target.state_action(next_z_s, next_action))
+            z_s = self.encoder.state(obs)
+            z_sa = self.encoder.state_action(z_s, actions)
+        returns, discount = losses.n_step_return(rewards, terminated, mask, self.gamma)
+        target = losses.value_target(returns, discount, next_q.to(rewards.dtype), reward_scale, target_reward_scale)
+        return target, z_s, z_sa
+
+    def value_loss(self, z_sa: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param z_sa: (B, ZSA)
+        :param target: (B, 1)
+        :return: the loss of Q, 0-d, and Q, (B, n_critics)
+        """
+        with self._autocast():
+            q = self.critic(z_sa)
+        q = q.to(target.dtype)
+        return losses.value_loss(q, target), q.detach()
+
+    def policy_loss(self, z_s: th.Tensor, gumbel: th.Tensor | None) -> th.Tensor:
+        """
+        :param z_s: (B, Z)
+        :param gumbel: standard Gumbel noise, (B, A), None for Box actions
+        :return: the loss of pi, 0-d
+        """
+        dtype = self.encoder.predictor.bins.dtype
+        with self._autocast():
+            pre_activation = self.actor(z_s).to(dtype)
+            action = self.actions.activation(pre_activation, gumbel)
+            q = with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
+        return losses.policy_loss(q.to(dtype), pre_activation, self.pre_activation_weight)
 
     def update_value_and_policy(
         self,
@@ -210,37 +368,21 @@ class Learner:
         :param noise: from ``sample_noise``
         :return: new priorities (B,), and the losses before the step
         """
-        # Value target
-        with th.no_grad():
-            next_z_s = self.encoder_target.state(next_obs)
-            next_action = self.actions.activation(self.actor_target(next_z_s), noise.target_gumbel)
-            next_action = self.actions.smooth(
-                next_action, noise.target_normal, self.target_policy_noise, self.target_noise_clip
-            )
-            next_q = self.critic_target(self.encoder_target.state_action(next_z_s, next_action))
-            returns, discount = losses.n_step_return(rewards, terminated, mask, self.gamma)
-            target = losses.value_target(returns, discount, next_q, reward_scale, target_reward_scale)
-
-            # Embeddings of the online encoder, into which no gradient flows
-            z_s = self.encoder.state(obs)
-            z_sa = self.encoder.state_action(z_s, actions)
+        target, z_s, z_sa = self._value_target(
+            obs, actions, rewards, terminated, mask, next_obs, reward_scale, target_reward_scale, noise
+        )
 
         # Value step
-        q = self.critic(z_sa)
-        critic_loss = losses.value_loss(q, target)
+        critic_loss, q = self._value_loss(z_sa, target)
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
         critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
         self.critic.optimizer.step()
-        q = q.detach()
 
-        # Policy step, through g and Q but for the weights of pi alone: no other weight gradient is computed
-        pre_activation = self.actor(z_s)
-        policy_action = self.actions.activation(pre_activation, noise.policy_gumbel)
-        policy_q = self.critic(self.encoder.state_action(z_s, policy_action))
-        actor_loss = losses.policy_loss(policy_q, pre_activation, self.pre_activation_weight)
+        # Policy step, through g and Q but for the weights of pi alone
+        actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
         self.actor.optimizer.zero_grad()
-        actor_loss.backward(inputs=list(self.actor.parameters()))
+        actor_loss.backward()
         self.actor.optimizer.step()
 
         priorities = losses.td_priority(q, target, self.priority_alpha, self.min_td_error)

@@ -4,6 +4,7 @@ MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), lo
 
 import io
 import pathlib
+import threading
 import warnings
 from typing import Any, ClassVar, TypeVar
 
@@ -95,6 +96,12 @@ class MRQ(OffPolicyAlgorithm):
         left out until an episode has terminated
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
+    :param precision: ``"float32"``, or ``"bfloat16"`` for networks that compute matrix products and keep activations in
+        bfloat16; weights, losses, targets and optimisers are in float32 in any case. It pays on GPUs and on processors with
+        AMX or AVX512-BF16. ``"auto"`` is float32.
+    :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes about half a minute when training
+        starts. ``"auto"`` does so where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in the main
+        thread. Where compilation fails, training goes on without it, after a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -123,6 +130,8 @@ class MRQ(OffPolicyAlgorithm):
 
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
+    # Steps from which compilation is worth while: it takes 26 seconds and saves 22 ms of the 190 of a step, on one core
+    COMPILE_FROM = 20_000
 
     def __init__(
         self,
@@ -154,6 +163,8 @@ class MRQ(OffPolicyAlgorithm):
         termination_loss_weight: float = 0.1,
         pre_activation_weight: float = 1e-5,
         random_shift_pad: int = 4,
+        precision: str = "auto",
+        compile_updates: bool | str = "auto",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -199,6 +210,8 @@ class MRQ(OffPolicyAlgorithm):
         self.termination_loss_weight = termination_loss_weight
         self.pre_activation_weight = pre_activation_weight
         self.random_shift_pad = random_shift_pad
+        self.precision = precision
+        self.compile_updates = compile_updates
 
         # rbar and rbar': mean absolute reward of the buffer when the targets were last replaced, and the time before
         self.reward_scale = 1.0
@@ -230,6 +243,10 @@ class MRQ(OffPolicyAlgorithm):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value}, but must be positive.")
+        for name, choices in (("precision", ("auto", "float32", "bfloat16")), ("compile_updates", ("auto", True, False))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, but must be between 0 and 1.")
         if self.action_noise is not None and not isinstance(self.action_space, spaces.Box):
@@ -288,6 +305,8 @@ class MRQ(OffPolicyAlgorithm):
             pre_activation_weight=self.pre_activation_weight,
             priority_alpha=self.priority_alpha,
             min_td_error=self.min_td_error,
+            bfloat16=self.precision == "bfloat16",
+            compiled=self.compile_updates is True,
         )
         # Metrics of the last updates, on the device until they are logged
         self._encoder_metrics: list[EncoderMetrics] = []
@@ -329,6 +348,12 @@ class MRQ(OffPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
+        if self.compile_updates == "auto":
+            steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
+            # The compiler is not meant for several threads at once, such as those of a hyperparameter search
+            compiled = steps >= self.COMPILE_FROM and threading.current_thread() is threading.main_thread()
+            if compiled != self.learner.compiled:
+                self.learner.compile(compiled)
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
         try:
@@ -524,9 +549,13 @@ class MRQ(OffPolicyAlgorithm):
             samples.rewards,
             samples.terminated,
             samples.mask,
-            termination_switch=float(self.replay_buffer.has_terminated),
+            termination_switch=self._scalar(self.replay_buffer.has_terminated),
         )
         self._encoder_metrics.append(metrics)
+
+    def _scalar(self, value: float) -> th.Tensor:
+        # A tensor, as compiled code would take a number for a constant
+        return th.full((), float(value), device=self.device)
 
     def _update_value_and_policy(self, samples: NStepSamples) -> th.Tensor:
         """
@@ -542,8 +571,8 @@ class MRQ(OffPolicyAlgorithm):
             samples.terminated,
             samples.mask,
             self._preprocess(samples.next_observations),
-            self.reward_scale,
-            self.target_reward_scale,
+            self._scalar(self.reward_scale),
+            self._scalar(self.target_reward_scale),
             self.learner.sample_noise(len(samples.indices)),
         )
         self._value_policy_metrics.append(metrics)

@@ -1,0 +1,217 @@
+"""
+Compiled updates and bfloat16: the same training as eager float32, also where weights and learning rates are set from outside,
+and a way back where compilation fails.
+"""
+
+import threading
+import warnings
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import NETWORKS, make_learner, make_policy
+from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
+
+from sb3_mrq import MRQ
+from sb3_mrq.policies import CnnPolicy
+
+SIZES = dict(net_arch=dict(encoder=[32, 32], qf=[32, 32], pi=[32]), z_s_dim=32, z_sa_dim=32, z_a_dim=16)
+SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, device="cpu")
+OBS_DIM, BATCH = 7, 64
+ACTION_SPACES = {"box": spaces.Box(-1, 1, (3,)), "discrete": spaces.Discrete(3)}
+IMAGES = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)
+
+
+def make(actions, seed=0, policy_class=None, **kwargs):
+    th.manual_seed(seed)
+    observations = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
+    policy = (
+        make_policy(observations, ACTION_SPACES[actions], **SIZES)
+        if policy_class is None
+        else make_policy(IMAGES, ACTION_SPACES[actions], policy_class, **SIZES)
+    )
+    return policy, make_learner(policy, **kwargs)
+
+
+def step(policy, learner, generator, lr, images=False):
+    """One update of each kind on a random batch, with learning rates set as SB3 sets them."""
+
+    def randn(*shape):
+        return th.randn(shape, generator=generator)
+
+    def observation():
+        return th.rand((BATCH, *IMAGES.shape), generator=generator) if images else randn(BATCH, OBS_DIM)
+
+    for network in (policy.encoder, policy.critic, policy.actor):
+        for group in network.optimizer.param_groups:
+            group["lr"] = lr
+    dim = policy.actions.dim
+    if isinstance(policy.action_space, spaces.Box):
+        actions = randn(BATCH, 5, dim).clamp(-1, 1)
+    else:
+        actions = nn.functional.one_hot(th.randint(dim, (BATCH, 5), generator=generator), dim).float()
+    terminated = (th.rand((BATCH, 5), generator=generator) < 0.05).float()
+    mask = th.cat([th.ones(BATCH, 1), (1 - terminated[:, :-1]).cumprod(1)], dim=1)
+    # Observations follow from one another, and rewards from these, so that there is something to learn
+    obs = [observation()]
+    for t in range(5):
+        change = actions[:, t].mean(dim=1).view(-1, *[1] * (obs[0].ndim - 1))
+        obs.append((obs[-1] + 0.1 * change).clamp(0, 1) if images else 0.9 * obs[-1] + 0.1 * change)
+    rewards = th.stack([o.flatten(1)[:, 0] for o in obs[1:]], dim=1)
+    one = th.ones(())
+    encoder = learner.update_encoder(obs[0], obs[1:], actions, rewards, terminated, mask, one)
+    noise = type(learner.sample_noise(1))(
+        randn(BATCH, dim),
+        *(
+            None
+            if isinstance(policy.action_space, spaces.Box)
+            else -th.log(-th.log(th.rand((BATCH, dim), generator=generator)))
+            for _ in range(2)
+        ),
+    )
+    n = slice(0, 3)
+    _, value = learner.update_value_and_policy(
+        obs[0], actions[:, 0], rewards[:, n], terminated[:, n], mask[:, n], obs[3], 0.5 * one, 0.4 * one, noise
+    )
+    return [float(x) for x in (*encoder, *value)]
+
+
+def train(policy, learner, steps, replace_every=50, **kwargs):
+    """Losses of every step, with replaced targets and falling learning rates."""
+    generator = th.Generator().manual_seed(1)
+    losses = []
+    for k in range(steps):
+        if k % replace_every == 0:
+            learner.replace_targets()
+        losses.append(step(policy, learner, generator, 1e-3 * (1 - k / steps), **kwargs))
+    return np.array(losses)
+
+
+def weights(policy):
+    return th.cat([p.detach().flatten() for name in NETWORKS for p in getattr(policy, name).parameters()])
+
+
+def distance(policy, other, start):
+    """How far two agents are from each other, in parts of the way they have come from where both started."""
+    return float((weights(policy) - weights(other)).norm() / (weights(other) - start).norm())
+
+
+@pytest.mark.parametrize("actions", ACTION_SPACES)
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_500_updates(actions, bfloat16, compiled):
+    if not bfloat16 and not compiled:
+        pytest.skip("this is what the others are compared with")
+    agents = [make(actions), make(actions, bfloat16=bfloat16, compiled=compiled)]
+    start = weights(agents[0][0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The updates could not be compiled")
+        expected, losses = (train(*agent, 500) for agent in agents)
+    # The first losses are of the same weights
+    np.testing.assert_allclose(losses[0], expected[0], rtol=0.05 if bfloat16 else 1e-4, atol=0.01 if bfloat16 else 1e-5)
+    # The encoder loss falls, and ends alike
+    assert expected[-50:, 0].mean() < 0.7 * expected[:50, 0].mean()
+    np.testing.assert_allclose(losses[-50:].mean(0), expected[-50:].mean(0), rtol=0.1, atol=0.02)
+    assert distance(agents[1][0], agents[0][0], start) < (0.3 if bfloat16 else 1e-4)
+
+
+def test_images_compiled():
+    agents = [make("box", policy_class=CnnPolicy), make("box", policy_class=CnnPolicy, compiled=True)]
+    start = weights(agents[0][0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The updates could not be compiled")
+        for agent in agents:
+            train(*agent, 10, images=True)
+    assert distance(agents[1][0], agents[0][0], start) < 1e-4
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_weights_set_from_outside(bfloat16):
+    """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""
+    fast, other = (make("box", seed=seed, bfloat16=bfloat16, compiled=compiled) for seed, compiled in ((0, True), (1, False)))
+    train(*fast, 5)
+    train(*other, 5)
+    policy, copy = fast[0], other[0]
+    policy.load_state_dict(copy.state_dict())
+    for name in NETWORKS:
+        getattr(policy, name).optimizer.load_state_dict(deepcopy(getattr(copy, name).optimizer.state_dict()))
+    start = weights(copy)
+    assert th.equal(weights(policy), start)
+    train(*fast, 20)
+    train(*other, 20)
+    assert distance(policy, copy, start) < (0.3 if bfloat16 else 1e-4)
+
+
+def test_no_gradient_of_fixed_weights():
+    """The policy loss leaves nothing in the encoder and the heads, compiled or not."""
+    for compiled in (False, True):
+        policy, learner = make("box", compiled=compiled)
+        train(policy, learner, 1)
+        for module in (policy.encoder, policy.critic):
+            module.zero_grad()
+        loss = learner._policy_loss(th.randn(BATCH, 32), None)
+        loss.backward()
+        assert all(p.grad is None for module in (policy.encoder, policy.critic) for p in module.parameters())
+        assert all(p.requires_grad for p in policy.critic.parameters())
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.actor.parameters())
+
+
+def test_falls_back_without_compiler(tmp_path):
+    agents = [make("box"), make("box", compiled=True)]
+    expected = train(*agents[0], 3)
+    with fresh_cache(), inductor_config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}):
+        th.compiler.reset()
+        with pytest.warns(UserWarning, match="could not be compiled") as record:
+            losses = train(*agents[1], 3)
+    assert len([warning for warning in record if issubclass(warning.category, UserWarning)]) == 1
+    assert not agents[1][1].compiled
+    np.testing.assert_array_equal(losses, expected)
+
+
+class TestModel:
+    def test_arguments(self):
+        with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'bfloat16'"):
+            MRQ("MlpPolicy", "Pendulum-v1", precision="half")
+        with pytest.raises(ValueError, match="compile_updates is 'yes', but must be one of 'auto', True, False"):
+            MRQ("MlpPolicy", "Pendulum-v1", compile_updates="yes")
+        model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", compile_updates=True, **SMALL)
+        assert model.learner.bfloat16 and model.learner.compiled
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        assert not model.learner.bfloat16 and not model.learner.compiled
+
+    def test_automatic_choice(self, monkeypatch):
+        monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        model.learn(29)
+        assert not model.learner.compiled
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        model.learn(30)
+        assert model.learner.compiled and model._n_updates == 10
+        # Not where several models may be trained at once
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        thread = threading.Thread(target=model.learn, args=(30,))
+        thread.start()
+        thread.join()
+        assert not model.learner.compiled and model._n_updates == 10
+        model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=False, **SMALL)
+        model.learn(30)
+        assert not model.learner.compiled
+
+    def test_save_one_way_load_the_other(self, tmp_path):
+        model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=True, precision="bfloat16", **SMALL)
+        model.learn(40)
+        model.save(tmp_path / "model")
+        eager = MRQ.load(tmp_path / "model", compile_updates=False, precision="float32")
+        assert not eager.learner.compiled and not eager.learner.bfloat16
+        for name, value in model.policy.state_dict().items():
+            assert value.dtype == th.float32 and "_orig_mod" not in name
+            assert th.equal(eager.policy.state_dict()[name], value)
+        eager.save(tmp_path / "eager")
+        again = MRQ.load(tmp_path / "eager", env=gym.make("Pendulum-v1"), compile_updates=True)
+        again.learn(30)
+        assert again.learner.compiled and again._n_updates == 20 + 10

@@ -1,5 +1,6 @@
 """
-Time an update against the matrix products it cannot do without, and sampling from a large buffer against a small one.
+Time updates against the matrix products they cannot do without and against a plain implementation, sampling from a large
+buffer against a small one, and acting and the loop around the updates against SB3's TD3.
 
     python -m benchmarks.speed --out benchmarks/results/speed.json
 
@@ -12,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +23,14 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import TD3
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.learning import processor
+from benchmarks.plain import Plain
 from sb3_mrq import MRQ
-from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.losses import n_step_return
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)
@@ -68,45 +73,125 @@ def fastest(function: Callable[[], Any], seconds: float = 3.0, at_least: int = 5
     return min(times)
 
 
-def matmul_rate() -> float:
+def matmul_rate(dtype: th.dtype, seconds: float) -> float:
     """
-    :return: floating-point operations a second of 256 x 512 x 512 products in float32
+    :param dtype: of the matrices
+    :param seconds: for how long to measure
+    :return: floating-point operations a second of 256 x 512 x 512 products
     """
-    a, b = th.randn(256, 512), th.randn(512, 512)
+    a, b = th.randn(256, 512).to(dtype), th.randn(512, 512).to(dtype)
 
     def products() -> None:
         for _ in range(20):
             a @ b
 
-    return 20 * 2 * 256 * 512 * 512 / fastest(products, seconds=2.0)
+    return 20 * 2 * 256 * 512 * 512 / fastest(products, seconds)
 
 
-def time_updates() -> dict[str, float]:
+def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepSamples, seconds: float) -> float:
     """
-    :return: milliseconds and floors of the two updates, and their ratio
+    :param model: for its conversions
+    :param subtrajectories: a batch
+    :param n_step: a batch
+    :param seconds: for how long to measure
+    :return: seconds that the plain implementation takes for the two updates
+    """
+    plain = Plain(OBSERVATIONS.shape[0], ACTIONS.shape[0])
+    noise = th.randn(len(n_step.indices), ACTIONS.shape[0])
+    returns, discount = n_step_return(n_step.rewards, n_step.terminated, n_step.mask, model.gamma)
+
+    def update() -> None:
+        plain.update_encoder(
+            subtrajectories.observations,  # type: ignore[arg-type]
+            subtrajectories.actions.float(),
+            subtrajectories.rewards,
+            subtrajectories.terminated,
+            subtrajectories.mask,
+        )
+        obs, next_obs = n_step.observations, n_step.next_observations
+        plain.update_value_and_policy(obs, n_step.actions.float(), returns, discount, next_obs, 1.0, 1.0, noise)  # type: ignore
+
+    return fastest(update, seconds)
+
+
+def time_updates(seconds: float) -> dict[str, Any]:
+    """
+    :param seconds: for how long to measure each figure
+    :return: milliseconds of the two updates in each precision, eager and compiled; what they are in parts of the time that
+        their matrix products alone take in that precision, and how much faster than the plain implementation
     """
     model = MRQ("MlpPolicy", NoiseEnv(), learning_starts=500, seed=0, device="cpu")
     model.learn(501, log_interval=None)  # type: ignore[arg-type]
     assert model.replay_buffer is not None
     subtrajectories = model.replay_buffer.sample(model.batch_size)
     n_step = model.replay_buffer.sample_n_step(model.batch_size)
-    updates = {
-        "encoder": lambda: model._update_encoder(subtrajectories),
-        "value_and_policy": lambda: model._update_value_and_policy(n_step),
-    }
-    rate = matmul_rate()
-    figures = {"matmul_gflops": rate / 1e9}
-    total = floor = 0.0
-    for name, update in updates.items():
+
+    def update_encoder() -> None:
+        model._update_encoder(subtrajectories)
+
+    def update_value_and_policy() -> None:
+        model._update_value_and_policy(n_step)
+
+    gflop = {}
+    for name, update in (("encoder", update_encoder), ("value_and_policy", update_value_and_policy)):
         with FlopCounterMode(display=False) as counter:
             update()
-        figures[f"{name}_gflop"] = counter.get_total_flops() / 1e9
-        figures[f"{name}_ms"] = 1e3 * fastest(update)
-        total += figures[f"{name}_ms"]
-        floor += 1e3 * counter.get_total_flops() / rate
-    figures["update_ms"] = total
-    figures["floor_ms"] = floor
-    figures["update_to_floor"] = total / floor
+        gflop[name] = counter.get_total_flops() / 1e9
+    figures: dict[str, Any] = {"gflop": gflop, "plain_ms": 1e3 * time_plain(model, subtrajectories, n_step, seconds)}
+    for precision in ("float32", "bfloat16"):
+        rate = matmul_rate(getattr(th, precision), seconds)
+        floor = 1e12 * sum(gflop.values()) / rate
+        row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
+        for compiled in (False, True):
+            model.learner.bfloat16 = precision == "bfloat16"
+            model.learner.compile(compiled)
+            start = time.perf_counter()
+            update_encoder()
+            update_value_and_policy()
+            first = time.perf_counter() - start
+            encoder, value = 1e3 * fastest(update_encoder, seconds), 1e3 * fastest(update_value_and_policy, seconds)
+            row["compiled" if compiled else "eager"] = {
+                "first_s": first,
+                "encoder_ms": encoder,
+                "value_and_policy_ms": value,
+                "update_ms": encoder + value,
+                "floor_to_update": floor / (encoder + value),
+                "plain_to_update": figures["plain_ms"] / (encoder + value),
+            }
+        figures[precision] = row
+    return figures
+
+
+def time_acting(seconds: float) -> dict[str, float]:
+    """
+    :param seconds: for how long to measure
+    :return: microseconds of ``predict`` for one observation, by MRQ and by TD3
+    """
+    obs = np.zeros(OBSERVATIONS.shape, dtype=np.float32)
+    figures = {}
+    for name, algorithm in (("mrq", MRQ), ("td3", TD3)):
+        model = algorithm("MlpPolicy", NoiseEnv(), buffer_size=1000, device="cpu")
+        figures[f"{name}_us"] = 1e6 * fastest(lambda model=model: model.predict(obs, deterministic=True), seconds, 100)
+    return {**figures, "mrq_to_td3": figures["mrq_us"] / figures["td3_us"]}
+
+
+def time_loop(steps: int) -> dict[str, float]:
+    """
+    :param steps: steps of the environment
+    :return: microseconds of a step of training without its updates (acting, stepping, storing), by MRQ and by TD3, each in the
+        random steps before learning starts and after
+    """
+    figures = {}
+    for phase, learning_starts in (("random", steps), ("acting", 0)):
+        for name, algorithm in (("mrq", MRQ), ("td3", TD3)):
+            model = algorithm("MlpPolicy", NoiseEnv(), learning_starts=learning_starts, gradient_steps=0, device="cpu", seed=0)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Nothing will be learned")
+                model.learn(100)
+                start = time.perf_counter()
+                model.learn(steps)
+            figures[f"{name}_{phase}_us"] = 1e6 * (time.perf_counter() - start) / steps
+        figures[f"mrq_to_td3_{phase}"] = figures[f"mrq_{phase}_us"] / figures[f"td3_{phase}_us"]
     return figures
 
 
@@ -155,10 +240,34 @@ def time_sampling(small: int, large: int) -> dict[str, float]:
     return {"small_ms": small_ms, "large_ms": large_ms, "large_to_small": large_ms / small_ms}
 
 
+def table(figures: dict[str, Any]) -> str:
+    """
+    :param figures: all that was measured
+    :return: what matters of it, in lines
+    """
+    update, sampling, acting, loop = (figures[name] for name in ("update", "sampling", "acting", "loop"))
+    lines = [f"{'':30} {'this':>10} {'reference':>10} {'ratio':>7}"]
+
+    def line(what: str, this: float, reference: float, unit: str) -> None:
+        lines.append(f"{what:30} {this:7.1f} {unit} {reference:7.1f} {unit} {this / reference:7.2f}")
+
+    for precision in ("float32", "bfloat16"):
+        for mode in ("eager", "compiled"):
+            ms = update[precision][mode]["update_ms"]
+            line(f"update, {precision}, {mode} / floor", ms, update[precision]["floor_ms"], "ms")
+            line("    / plain implementation", ms, update["plain_ms"], "ms")
+    line("sampling, large / small buffer", sampling["large_ms"], sampling["small_ms"], "ms")
+    line("acting / TD3", acting["mrq_us"], acting["td3_us"], "us")
+    for phase in ("random", "acting"):
+        line(f"loop, {phase} / TD3", loop[f"mrq_{phase}_us"], loop[f"td3_{phase}_us"], "us")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--large", type=int, default=1_000_000, help="places of the large buffer (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for which to measure each figure (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     if args.threads:
@@ -167,13 +276,14 @@ def main() -> None:
         "command": f"python -m benchmarks.speed {shlex.join(sys.argv[1:])}",
         "machine": f"{processor()}, {th.get_num_threads()} threads of torch",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")},
-        "update": time_updates(),
+        "update": time_updates(args.seconds),
         "sampling": time_sampling(10_000, args.large),
+        "acting": time_acting(args.seconds),
+        "loop": time_loop(int(1000 * args.seconds)),
     }
-    text = json.dumps(figures, indent=2)
-    print(text)
+    print(table(figures))
     if args.out:
-        args.out.write_text(text + "\n")
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,12 +93,15 @@ class CompiledFunction:
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         try:
-            compiled = th.compile(self.function, dynamic=False)
-            outputs = compiled(*args)
-            # The backward pass is compiled when it is first run
-            losses_of_it = [output for output in _leaves(outputs) if output.requires_grad]
-            if losses_of_it:
-                losses_of_it[0].sum().backward()
+            with warnings.catch_warnings():
+                # Of torch's own code
+                warnings.simplefilter("ignore", DeprecationWarning)
+                compiled = th.compile(self.function, dynamic=False)
+                outputs = compiled(*args)
+                # The backward pass is compiled when it is first run
+                losses_of_it = [output for output in _leaves(outputs) if output.requires_grad]
+                if losses_of_it:
+                    losses_of_it[0].sum().backward()
         except Exception as error:
             self.give_up(error)
             return self.function

@@ -284,3 +284,19 @@ def test_policy_can_be_exported(how):
     obs = th.rand(1, VECTOR.shape[0])
     exported = th.export.export(policy, (obs,)).module() if how == "export" else th.jit.trace(policy, obs)
     th.testing.assert_close(exported(obs), policy(obs))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(th.float64, 1e-12), (th.float32, 2e-7), (th.bfloat16, 1e-2)])
+def test_elu(monkeypatch, dtype, tolerance):
+    """Both ways of computing it are torch's function, values and gradients."""
+    x = th.cat([th.linspace(-30, 5, 1001), th.tensor([0.0, -1e-6, 1e-6, 80.0, -1e4])]).to(dtype)
+    weight = th.linspace(-1, 1, len(x), dtype=dtype)
+    for large in (0, 2**14):
+        monkeypatch.setattr(ELU, "LARGE", large)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        # What is made from a leaf may be overwritten
+        (y, expected) = ELU()(ours * 1), nn.functional.elu(theirs)
+        th.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+        (y * weight).sum().backward()
+        (expected * weight).sum().backward()
+        th.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)

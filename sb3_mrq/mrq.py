@@ -100,8 +100,8 @@ class MRQ(OffPolicyAlgorithm):
         bfloat16; weights, losses, targets and optimisers are in float32 in any case. It pays on GPUs and on processors with
         AMX or AVX512-BF16. ``"auto"`` is float32.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes about half a minute when training
-        starts. ``"auto"`` does so where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in the main
-        thread. Where compilation fails, training goes on without it, after a warning.
+        starts. ``"auto"`` does so on a CPU where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in
+        the main thread. Where compilation fails, training goes on without it, after a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -351,7 +351,8 @@ class MRQ(OffPolicyAlgorithm):
         if self.compile_updates == "auto":
             steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
-            compiled = steps >= self.COMPILE_FROM and threading.current_thread() is threading.main_thread()
+            alone = threading.current_thread() is threading.main_thread()
+            compiled = self.device.type == "cpu" and steps >= self.COMPILE_FROM and alone
             if compiled != self.learner.compiled:
                 self.learner.compile(compiled)
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs

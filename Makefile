@@ -58,13 +58,16 @@ $(stamp): pyproject.toml .ci/constraints.txt
 	$(python) -m pip install -c .ci/constraints.txt -e ".[all]"
 	touch $@
 
-# The few Debian packages that a bare machine lacks: for virtual environments, and for MuJoCo's off-screen rendering. Where
-# they cannot be installed, all but rendering may still work.
+# The few Debian packages that a bare machine lacks: for virtual environments, for MuJoCo's off-screen rendering, and for
+# torch.compile. Where they cannot be installed, all the rest may still work.
 system:
 	@packages=; \
 	$(PYTHON) -c 'import ensurepip' 2> /dev/null || packages+=" python3-venv"; \
 	$(PYTHON) -c 'import ctypes; ctypes.CDLL("libEGL.so.1"); ctypes.CDLL("libGL.so.1")' 2> /dev/null \
 		|| packages+=" libegl1 libgl1 libgl1-mesa-dri"; \
+	command -v g++ > /dev/null || packages+=" g++"; \
+	$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2> /dev/null \
+		|| packages+=" python3-dev"; \
 	[ -n "$$packages" ] || exit 0; \
 	sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
 	if command -v apt-get > /dev/null && $$sudo true 2> /dev/null; then \

@@ -3,9 +3,12 @@ Compiled updates and bfloat16: the same training as eager float32, also where we
 and a way back where compilation fails.
 """
 
+import shutil
+import sysconfig
 import threading
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +29,12 @@ SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, devi
 OBS_DIM, BATCH = 7, 64
 ACTION_SPACES = {"box": spaces.Box(-1, 1, (3,)), "discrete": spaces.Discrete(3)}
 IMAGES = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)
+
+
+PYTHON_HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not PYTHON_HEADER.exists(), reason="torch.compile needs g++ and Python.h"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +118,7 @@ def distance(policy, other, start):
     return float((weights(policy) - weights(other)).norm() / (weights(other) - start).norm())
 
 
+@needs_compiler
 @pytest.mark.parametrize("actions", ACTION_SPACES)
 @pytest.mark.parametrize(
     "bfloat16, compiled", [(False, True), (True, False), (True, True)], ids=["compiled", "bfloat16", "compiled-bfloat16"]
@@ -131,6 +141,7 @@ def test_500_updates(actions, bfloat16, compiled):
     assert distance(agents[1][0], agents[0][0], start) < (0.3 if bfloat16 else 1e-4)
 
 
+@needs_compiler
 def test_images_compiled():
     agents = [make("box", policy_class=CnnPolicy), make("box", policy_class=CnnPolicy, compiled=True)]
     start = weights(agents[0][0])
@@ -141,6 +152,7 @@ def test_images_compiled():
     assert distance(agents[1][0], agents[0][0], start) < 1e-4
 
 
+@needs_compiler
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 def test_weights_set_from_outside(bfloat16):
     """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""
@@ -158,6 +170,7 @@ def test_weights_set_from_outside(bfloat16):
     assert distance(policy, copy, start) < (0.3 if bfloat16 else 1e-4)
 
 
+@needs_compiler
 def test_no_gradient_of_fixed_weights():
     """The policy loss leaves nothing in the encoder and the heads, compiled or not."""
     for compiled in (False, True):
@@ -194,6 +207,7 @@ class TestModel:
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         assert not model.learner.bfloat16 and not model.learner.compiled
 
+    @needs_compiler
     def test_automatic_choice(self, monkeypatch):
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
@@ -212,6 +226,7 @@ class TestModel:
         model.learn(30)
         assert not model.learner.compiled
 
+    @needs_compiler
     def test_save_one_way_load_the_other(self, tmp_path):
         model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=True, precision="bfloat16", **SMALL)
         model.learn(40)

@@ -152,21 +152,30 @@ def _scripts_that_start_scripts() -> Iterator[None]:
 @contextlib.contextmanager
 def _ffmpeg() -> Iterator[None]:
     """
-    For ``record_training``, which calls ``ffmpeg``: where the system has none, that of imageio-ffmpeg, if installed.
+    For ``record_training``, which calls ``ffmpeg``: where the system has none, that of imageio-ffmpeg, if installed, with
+    matplotlib's fonts, as the system may have none either.
     """
     if shutil.which("ffmpeg") is not None or importlib.util.find_spec("imageio_ffmpeg") is None:
         yield
         return
     import imageio_ffmpeg
+    import matplotlib
 
-    path = os.environ["PATH"]
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
-        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        os.environ["PATH"] = f"{folder}{os.pathsep}{before['PATH']}"
+        fonts = Path(folder) / "fonts.conf"
+        fonts.write_text(
+            f"<fontconfig><dir>{Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'}</dir>"
+            "<alias><family>Sans</family><prefer><family>DejaVu Sans</family></prefer></alias></fontconfig>"
+        )
+        os.environ.setdefault("FONTCONFIG_FILE", str(fonts))
         try:
             yield
         finally:
-            os.environ["PATH"] = path
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _supply_generate_metadata() -> None:

@@ -11,7 +11,13 @@ from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_mrq import MRQ
-from sb3_mrq.zoo.configuration import ConfigurationError, check_configuration_file, check_section, default_configuration
+from sb3_mrq.zoo.configuration import (
+    ConfigurationError,
+    check_configuration_file,
+    check_hyperparameter_names,
+    check_section,
+    default_configuration,
+)
 
 
 class MRQExperimentManager(ExperimentManager):
@@ -53,7 +59,7 @@ class MRQExperimentManager(ExperimentManager):
             check_configuration_file(Path(self.config))
         if self.custom_hyperparams is not None:
             # The names in the file are checked with their lines
-            check_section({"policy": None, "n_timesteps": None, **self.custom_hyperparams}, "command line")
+            check_hyperparameter_names(self.custom_hyperparams, "command line")
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         check_section(hyperparams, self.config)
         return hyperparams, saved_hyperparams

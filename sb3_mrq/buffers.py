@@ -3,7 +3,7 @@ The replay buffer of MR.Q: sub-trajectories of several environments, sampled by 
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -13,6 +13,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.frames import ObservationStorage
 from sb3_mrq.priorities import PriorityTree
+
+if TYPE_CHECKING:
+    from sb3_mrq.device_replay import DeviceReplay
 
 # Flags of a place
 STORED = 1  # holds a transition, not only an observation
@@ -42,7 +45,8 @@ def check_finite(values: np.ndarray | Mapping[Any, np.ndarray], name: str) -> No
 
 class SubtrajectorySamples(NamedTuple):
     """
-    Sub-trajectories of H transitions, torch tensors but for ``indices``. Observations are dicts where the space is one.
+    Sub-trajectories of H transitions, torch tensors, ``indices`` too where they were drawn on the device. Observations are
+    dicts where the space is one.
 
     :param observations: s_0 to s_H, the final observation repeated past the end of the episode, (B, H + 1, ...)
     :param actions: Box actions scaled to [-1, 1], others as integers of the space, (B, H, action_dim)
@@ -57,13 +61,13 @@ class SubtrajectorySamples(NamedTuple):
     rewards: th.Tensor
     terminated: th.Tensor
     mask: th.Tensor
-    indices: np.ndarray
+    indices: np.ndarray | th.Tensor
 
 
 class NStepSamples(NamedTuple):
     """
-    Transitions with what an n-step target needs, torch tensors but for ``indices``. Observations are dicts where the space is
-    one.
+    Transitions with what an n-step target needs, torch tensors, ``indices`` too where they were drawn on the device.
+    Observations are dicts where the space is one.
 
     :param observations: s_0, (B, ...)
     :param actions: a_0, Box actions scaled to [-1, 1], others as integers of the space, (B, action_dim)
@@ -80,7 +84,7 @@ class NStepSamples(NamedTuple):
     terminated: th.Tensor
     mask: th.Tensor
     next_observations: th.Tensor | dict[str, th.Tensor]
-    indices: np.ndarray
+    indices: np.ndarray | th.Tensor
 
 
 class SubtrajectoryReplayBuffer(ReplayBuffer):
@@ -144,7 +148,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """
         self.pos = 0
         self.full = False
-        self.max_priority = 1.0
+        self._max_priority = 1.0
         self.has_terminated = False
         self.n_sampleable = 0
         self._n_stored = 0
@@ -162,6 +166,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._running = np.zeros(self.n_envs, dtype=bool)
         self._length = np.zeros(self.n_envs, dtype=np.int64)
         self._last_next_obs: dict[str | None, np.ndarray] = {}
+        self._mirror: DeviceReplay | None = None
 
     def check_size(self) -> None:
         """
@@ -196,6 +201,68 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :return: number of stored transitions, over all environments
         """
         return self._n_stored
+
+    @property
+    def max_priority(self) -> float:
+        """Largest priority ever assigned."""
+        self._pull_priorities()
+        return self._max_priority
+
+    def mirror(self, device: th.device) -> "DeviceReplay":
+        """
+        Keep a copy of everything on a device, to sample there without work of the host. From then on the copy's priorities
+        count; what is asked of this buffer takes them from there.
+
+        :param device: where to, one that has room for ``DeviceReplay.size_of(self)`` bytes
+        :return: the copy, the same one until the buffer is emptied or stores its observations in another way
+        """
+        from sb3_mrq.device_replay import DeviceReplay
+
+        if self._mirror is None or self._mirror.device != device or not self._mirror.mirrors(self):
+            self.drop_mirror()
+            self._mirror = DeviceReplay(self, device)
+        return self._mirror
+
+    def drop_mirror(self) -> None:
+        """Give up the copy on a device, if there is one."""
+        self._pull_priorities()
+        self._mirror = None
+
+    def places(self) -> dict[str, np.ndarray]:
+        """
+        :return: what there is for every place, by name, (n_places, ...) each: the arrays themselves, no copies
+        """
+        arrays = {"actions": self.actions, "rewards": self.rewards, "flags": self._flags, "ages": self._ages}
+        for key, storage in self._storages.items():
+            arrays[f"observations {key}"] = storage.data
+            if storage.stacked:
+                arrays[f"zero_filled {key}"] = storage.zero_filled
+        return arrays
+
+    def observation_shapes(self) -> dict[Any, tuple[int, ...]]:
+        """
+        :return: shape of one whole observation by key of a Dict, under None where it is none
+        """
+        return {key: storage.shape for key, storage in self._storages.items()}
+
+    def priorities(self, indices: np.ndarray) -> np.ndarray:
+        """
+        :param indices: places, (n,)
+        :return: their priorities, positive for those that can be sampled, (n,). Where there is a copy on a device the positive
+            ones may be out of date.
+        """
+        return self._priorities.get(indices)
+
+    def _pull_priorities(self) -> None:
+        """Take over the priorities of the copy on a device, if there is one."""
+        if self._mirror is not None:
+            places = np.flatnonzero(self._priorities.get(np.arange(len(self._flags))))
+            priorities, self._max_priority = self._mirror.read_priorities(places)
+            self._priorities.set(places, priorities)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._pull_priorities()
+        return self.__dict__ | {"_mirror": None}
 
     def _cast(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str | None, np.ndarray]:
         values: dict[Any, np.ndarray] = obs if isinstance(obs, dict) else {None: obs}
@@ -257,6 +324,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.rewards[places] = reward
         terminated = done & ~truncated
         self._flags[places] = PRESENT | STORED | np.where(terminated, TERMINATED, 0)
+        self._changed(places)
         self.has_terminated |= bool(terminated.any())
         self._n_stored += self.n_envs
         self._length += 1
@@ -285,6 +353,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             storage.write(places, obs[key][envs])
         self._ages[places] = 0 if ages is None else np.minimum(ages, 254) + 1
         self._flags[places] = PRESENT
+        self._changed(places)
+
+    def _changed(self, places: np.ndarray, activated: bool = False) -> None:
+        if self._mirror is not None:
+            self._mirror.mark(places, activated)
 
     def _evict(self, places: np.ndarray) -> None:
         """Take the transitions out that start at the places, or need them for their stack of frames."""
@@ -304,18 +377,22 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._n_stored -= len(places)
         self.n_sampleable -= int(np.count_nonzero(self._priorities.get(places)))
         self._priorities.set(places, 0.0)
+        self._changed(places)
 
     def _activate(self, places: np.ndarray) -> None:
         """Let transitions be sampled from now on."""
-        self._priorities.set(places, self.max_priority)
+        self._priorities.set(places, self._max_priority)
         self.n_sampleable += len(places)
+        self._changed(places, activated=True)
 
     def _close(self, envs: np.ndarray) -> None:
         """End the running stretch of some environments, bool (n_envs,), at its last observation, which keeps its place."""
         if not envs.any():
             return
         ring, head, length = self._ring[envs, None], self._head[envs, None], self._length[envs, None]
-        self._flags[ring + (head - 1) % self.buffer_size] |= ENDED
+        last = (ring + (head - 1) % self.buffer_size)[:, 0]
+        self._flags[last] |= ENDED
+        self._changed(last)
         if self.reach > 1:
             back = np.arange(1, self.reach)
             waiting = ring + (head - back) % self.buffer_size
@@ -329,6 +406,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             raise ValueError(
                 "There is no transition to sample yet: none whose horizon is complete or whose episode has ended."
             )
+        self._pull_priorities()
         return self._priorities.sample(batch_size)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:  # type: ignore[override]
@@ -361,16 +439,20 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         if self.n_sampleable == 0:
             return
         priorities = np.asarray(priorities, dtype=np.float64)
+        self._pull_priorities()
         present = self._priorities.get(indices) > 0
         if not (np.isfinite(priorities).all() and (priorities > 0).all()):
             raise ValueError(f"Priorities must be positive and finite, not {priorities.min()} to {priorities.max()}.")
         self._priorities.set(indices[present], priorities[present])
-        self.max_priority = max(self.max_priority, float(priorities[present].max(initial=0.0)))
+        self._max_priority = max(self._max_priority, float(priorities[present].max(initial=0.0)))
+        if self._mirror is not None:
+            self._mirror.write_priorities(indices[present], self._priorities.get(indices[present]), self._max_priority)
 
     def sampling_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """
         :return: places of all starts that can be sampled, and the probability of each, (n,) both
         """
+        self._pull_priorities()
         priorities = self._priorities.get(np.arange(len(self._flags)))
         indices = np.flatnonzero(priorities)
         return indices, priorities[indices] / priorities.sum()

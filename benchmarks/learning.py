@@ -97,7 +97,7 @@ class EvaluationCallback(BaseCallback):
         return self.until is None or mean < self.until
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
     parser.add_argument("--seed", type=int, default=0)
@@ -114,7 +114,7 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="see MRQ")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.threads:
         th.set_num_threads(args.threads)
     th.set_float32_matmul_precision(args.matmul_precision)
@@ -128,7 +128,9 @@ def main() -> None:
     path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
     versions = ", ".join(f"{name} {version(name)}" for name in ("stable-baselines3", "torch", "gymnasium", "numpy"))
     with path.open("w", newline="") as file:
-        file.write(f"# command: python -m benchmarks.learning {shlex.join(sys.argv[1:])}\n")
+        file.write(
+            f"# command: python -m benchmarks.learning {shlex.join(sys.argv[1:] if arguments is None else arguments)}\n"
+        )
         file.write(f"# versions: python {platform.python_version()}, {versions}\n")
         file.write(f"# machine: {platform.machine()}, {th.get_num_threads()} threads of {processor()}, {model.device}\n")
         file.write(f"# precision: {args.precision}, float32 matrix products {args.matmul_precision}\n")

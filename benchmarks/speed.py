@@ -31,7 +31,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.learning import processor
+from benchmarks.evaluation import processor
 from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ

@@ -2,7 +2,9 @@
 Make the report of a study: learning curves, aggregate scores, a table and one page to look through them.
 
     python -m benchmarks.report runs/dmc/results.csv --out runs/dmc/report
-    python -m benchmarks.report benchmarks/results/*/results.csv --published <folder> --out runs/report
+    python -m benchmarks.report benchmarks/results/mrq-*.csv --published <folder> --out runs/report
+
+It takes the tables of ``benchmarks.study`` and the files of ``benchmarks.learning``.
 
 ``--published`` names a folder with the returns that the paper's authors published (``gym.csv``, ``dmc.csv``,
 ``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on). They are not part of this
@@ -12,6 +14,7 @@ project. Where it is given they stand behind the curves, and a table compares th
 import argparse
 import html
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +37,27 @@ PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-vis
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PUBLISHED_COLOR = "#888888"
 PUBLISHED_NAME = "published"
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """
+    :param path: table of ``benchmarks.study``, or file of ``benchmarks.learning``
+    :return: columns task, algorithm, seed, step, return, versions and machine, among others
+    """
+    lines = path.read_text().splitlines()
+    table = pd.read_csv(path, comment="#" if lines[0].startswith("#") else None)
+    if "algorithm" in table:
+        return table
+    heading = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    precision = re.search(r" --precision (\w+)", heading["command"])
+    products = re.search(r" --matmul-precision (\w+)", heading["command"])
+    # float32 with products in bfloat16 is another algorithm than plain float32
+    variants = [match[1] for match in (precision, products) if match and match[1] not in ("float32", "highest")]
+    algorithm = "-".join(["mrq", *variants])
+    table = table.rename(columns={"env": "task", "timesteps": "step", "return_mean": "return"})
+    short = ~table["task"].str.contains(r"-v\d+$")
+    table.loc[short, "task"] = "dmc/" + table.loc[short, "task"] + "-v0"
+    return table.assign(algorithm=algorithm, versions=heading["versions"], machine=heading["machine"])
 
 
 def read_published(folder: Path) -> pd.DataFrame:
@@ -272,7 +296,8 @@ def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.Dat
             if len(values):
                 row[PUBLISHED_NAME] = f"{values.mean():.0f} [{values.min():.0f}, {values.max():.0f}]"
         rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    table = pd.DataFrame(rows).fillna("")
+    return table[[name for name in table if name != PUBLISHED_NAME] + [name for name in table if name == PUBLISHED_NAME]]
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -372,6 +397,9 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
             save(figure, out, "improvement")
             sections.append(picture("improvement", f"probability that {by} improves on each other algorithm"))
 
+    else:
+        sections.append('<p class="note">There is no task that all algorithms were run on, hence nothing over all tasks.</p>')
+
     if published is not None:
         comparison = compare_with_published(results, published)
         if len(comparison):
@@ -419,13 +447,13 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="results.csv of one or more studies")
+    parser.add_argument("results", nargs="+", type=Path, help="tables of studies, and files of single runs")
     parser.add_argument("--published", type=Path, help="folder with the published returns")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--title", default="MR.Q")
     parser.add_argument("--reps", type=int, default=5000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(arguments)
-    results = pd.concat([pd.read_csv(path) for path in args.results], ignore_index=True)
+    results = pd.concat([read_results(path) for path in args.results], ignore_index=True)
     published = read_published(args.published) if args.published else None
     make_report(results, published, args.out, args.title, args.reps)
     print(f"{args.out / 'index.html'}")

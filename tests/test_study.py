@@ -204,6 +204,25 @@ class TestReport:
         assert json.loads((out / "numbers.json").read_text())["algorithms"]["mrq"]["n_seeds"] == 2
         assert not re.search(r"https?://", text)
 
+    def test_files_of_single_runs(self, tmp_path):
+        heading = "# command: python -m benchmarks.learning walker-walk --seed 3{}\n# versions: v\n# machine: m\n"
+        columns = "env,timesteps,seed,return_mean,return_std,length_mean,seconds\n"
+        for name, arguments, row in (
+            ("a.csv", "", "walker-walk,5000,3,30.5,1,500,10\n"),
+            ("b.csv", " --precision bfloat16", "HalfCheetah-v5,5000,3,-3,1,1000,10\n"),
+            ("c.csv", " --matmul-precision medium --threads 1", "CartPole-v1,5000,3,9,1,9,10\n"),
+        ):
+            (tmp_path / name).write_text(heading.format(arguments) + columns + row)
+        rows = [report.read_results(tmp_path / name).iloc[0] for name in ("a.csv", "b.csv", "c.csv")]
+        assert [(row["task"], row["algorithm"], row["seed"], row["step"], row["return"]) for row in rows] == [
+            ("dmc/walker-walk-v0", "mrq", 3, 5000, 30.5),
+            ("HalfCheetah-v5", "mrq-bfloat16", 3, 5000, -3),
+            ("CartPole-v1", "mrq-medium", 3, 5000, 9),
+        ]
+        out = tmp_path / "report"
+        report.main([str(tmp_path / name) for name in ("a.csv", "b.csv")] + ["--out", str(out)])
+        assert "There is no task that all algorithms were run on" in (out / "index.html").read_text()
+
     def test_one_run(self, tmp_path):
         """Of one algorithm and one seed, with nothing to compare."""
         path, out = tmp_path / "results.csv", tmp_path / "report"

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_mrq.graphs import CaptureError, Graph, Staging
+from sb3_mrq.learner import Scalars
 
 if TYPE_CHECKING:
     from sb3_mrq.mrq import MRQ
@@ -43,7 +44,7 @@ class DeviceTraining:
         self.batch_size = batch_size
         self.device = model.device
         self.replay = model.replay_buffer.mirror(self.device)
-        self._learning_rates: dict[tuple[str, int], th.Tensor] = {}
+        self._learning_rates = Scalars(self.device)
         self._weights: dict[str, list[th.Tensor]] = {}
         for name in ("encoder", "critic", "actor"):
             both = [getattr(model, name), getattr(model, f"{name}_target")]
@@ -96,11 +97,13 @@ class DeviceTraining:
         """Let an optimiser read its learning rate from the device; SB3 sets it as a number."""
         if not isinstance(optimizer, th.optim.Adam):
             raise CaptureError(f"{type(optimizer).__name__} is not Adam or AdamW")
+        # Of its warning that graphs are not captured, which is for those who forget to
+        optimizer._warned_capturable_if_run_uncaptured = True
         for i, group in enumerate(optimizer.param_groups):
-            ours = self._learning_rates.setdefault((name, i), th.zeros((), device=self.device))
-            if group["lr"] is not ours:
-                ours.fill_(group["lr"])
-                group["lr"] = ours
+            key = f"{name} {i}"
+            if not isinstance(group["lr"], th.Tensor):
+                self._learning_rates.set(**{key: group["lr"]})
+            group["lr"] = self._learning_rates[key]
             if self.device.type == "cuda" and not group["capturable"]:
                 group["capturable"] = True
                 for state in optimizer.state.values():

@@ -1,0 +1,23 @@
+"""
+Atari from pixels, with the paper's preprocessing. Meant for a GPU: a training step takes more than a second on a CPU.
+
+    python examples/atari.py
+"""
+
+import os
+
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_mrq import MRQ
+from sb3_mrq.envs import AtariWrapper
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "2500000"))
+
+# Frames are stored once in the replay buffer: a million of them take 7 GB
+env = make_vec_env("ALE/Pong-v5", wrapper_class=AtariWrapper, seed=0)
+eval_env = make_vec_env("ALE/Pong-v5", wrapper_class=AtariWrapper, seed=1000)
+model = MRQ("CnnPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
+evaluation = EvalCallback(eval_env, eval_freq=100_000, n_eval_episodes=10, best_model_save_path="runs/pong")
+model.learn(STEPS, callback=evaluation)
+print(f"{model._n_updates} training steps, observations of {model.observation_space.shape}")

@@ -1,0 +1,53 @@
+"""
+An encoder of your own: any features extractor of Stable-Baselines3. It is trained by MR.Q's model-based objectives, with the
+encoder's optimiser, and has a target copy like the rest of the encoder.
+
+    python examples/custom_encoder.py
+"""
+
+import os
+
+import gymnasium as gym
+import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+from sb3_mrq import MRQ
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+
+
+class FourierFeatures(BaseFeaturesExtractor):
+    """
+    Sines and cosines of random combinations of the observation, then a layer.
+
+    :param observation_space: vectors
+    :param n_frequencies: number of combinations
+    :param features_dim: size of the output
+    """
+
+    def __init__(self, observation_space: gym.spaces.Box, n_frequencies: int = 64, features_dim: int = 256):
+        super().__init__(observation_space, features_dim)
+        # A buffer: saved and copied to the target, but not trained
+        self.register_buffer("frequencies", th.randn(observation_space.shape[0], n_frequencies))
+        self.layer = nn.Sequential(nn.Linear(2 * n_frequencies, features_dim), nn.LayerNorm(features_dim), nn.ELU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: (B, D)
+        :return: (B, features_dim)
+        """
+        angles = observations @ self.frequencies
+        return self.layer(th.cat([angles.sin(), angles.cos()], dim=1))
+
+
+model = MRQ(
+    "MlpPolicy",
+    "Pendulum-v1",
+    seed=0,
+    learning_starts=min(10_000, STEPS // 2),
+    policy_kwargs=dict(features_extractor_class=FourierFeatures, features_extractor_kwargs=dict(n_frequencies=32)),
+    verbose=1,
+)
+model.learn(STEPS)
+print(model.policy.encoder.state.features_extractor)

@@ -1,0 +1,20 @@
+"""
+A task of the DeepMind Control suite from pixels: the last three RGB frames of 84 x 84, every action repeated twice.
+
+    python examples/dm_control_pixels.py
+"""
+
+import os
+
+import gymnasium as gym
+
+import sb3_mrq.envs  # noqa: F401 registers dmc/... and dmc-visual/...
+from sb3_mrq import MRQ
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "500000"))
+
+env = gym.make("dmc-visual/cartpole-swingup-v0")
+print(f"observations {env.observation_space}, actions {env.action_space}")
+model = MRQ("CnnPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
+model.learn(STEPS)
+print(f"{model._n_updates} training steps")

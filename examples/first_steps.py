@@ -1,0 +1,38 @@
+"""
+Train, evaluate, save, load and act.
+
+    python examples/first_steps.py
+"""
+
+import os
+
+import gymnasium as gym
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_mrq import MRQ
+
+# Fewer steps only to try the script out: nothing is learned before the 10,000 random steps of learning_starts are over
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+
+model = MRQ("MlpPolicy", "Pendulum-v1", seed=0, verbose=1)
+model.learn(STEPS, progress_bar=False)
+mean, std = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
+print(f"return {mean:.1f} +- {std:.1f}")
+
+# As with every algorithm of Stable-Baselines3
+model.save("mrq_pendulum")
+model.save_replay_buffer("mrq_pendulum_buffer")
+del model
+
+model = MRQ.load("mrq_pendulum", env=gym.make("Pendulum-v1"))
+model.load_replay_buffer("mrq_pendulum_buffer")
+model.learn(STEPS // 10, reset_num_timesteps=False)
+
+env = gym.make("Pendulum-v1")
+obs, _ = env.reset(seed=1)
+total = 0.0
+for _ in range(200):
+    action, _ = model.predict(obs, deterministic=True)
+    obs, reward, terminated, truncated, _ = env.step(action)
+    total += float(reward)
+print(f"one episode: {total:.1f}")

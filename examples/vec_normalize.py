@@ -1,0 +1,32 @@
+"""
+VecNormalize: observations and rewards scaled by running statistics. The replay buffer stores them as they came, and normalises
+each batch with the statistics of the moment.
+
+MRQ does without: its rewards are scaled by their mean, and its networks normalise their layers. It helps where observations
+have scales that differ by orders of magnitude.
+
+    python examples/vec_normalize.py
+"""
+
+import os
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mrq import MRQ
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+
+env = VecNormalize(make_vec_env("Pendulum-v1", seed=0))
+model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
+model.learn(STEPS)
+model.save("mrq_normalized")
+env.save("vec_normalize.pkl")
+
+# For evaluation: the same statistics, which stay as they are, and rewards as they come
+eval_env = VecNormalize.load("vec_normalize.pkl", make_vec_env("Pendulum-v1", seed=1000))
+eval_env.training = False
+eval_env.norm_reward = False
+mean, std = evaluate_policy(MRQ.load("mrq_normalized"), eval_env)
+print(f"return {mean:.1f} +- {std:.1f}")

@@ -1,0 +1,65 @@
+"""
+Every example runs, with few steps, and ends by saying what it says at its end; the notebook too.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# What the last lines say, and how many steps it takes to get there. train.py and compare.py have tests of their own.
+LAST_WORDS = {
+    "atari": ("4 training steps, observations of", 8),
+    "custom_encoder": ("FourierFeatures", 12),
+    "dict_observations": ("6 training steps, observations Dict", 12),
+    "dm_control_pixels": ("4 training steps", 8),
+    "export_onnx": ("policy.onnx: .* actions differ from model.predict by at most", 12),
+    "first_steps": ("one episode: -", 40),
+    "parallel_environments": ("24 steps of 4 environments, 8 training steps", 24),
+    "search": ("best of 2 trials: -.* with {'learning_rate'", 12),
+    "vec_normalize": (r"return -.* \+- ", 12),
+}
+
+
+def test_all_are_known():
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*LAST_WORDS, "train", "compare"}
+
+
+@pytest.mark.parametrize("name", LAST_WORDS)
+def test_example(name, tmp_path):
+    words, steps = LAST_WORDS[name]
+    # Targets are replaced every 5 steps, not 250 with as many encoder updates, which on images take minutes on a CPU
+    code = (
+        "import runpy, sys; from sb3_mrq import MRQ; "
+        "MRQ.__init__.__defaults__ = tuple(5 if d == 250 else d for d in MRQ.__init__.__defaults__); "
+        f"sys.argv = [{name!r}]; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"EXAMPLE_STEPS": str(steps)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(words, process.stdout), process.stdout[-2000:]
+
+
+def test_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXAMPLE_STEPS", "300")
+    notebook = nbformat.read(EXAMPLES / "quick_start.ipynb", as_version=4)
+    # What is committed has no outputs
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("return -" in output.get("text", "") for output in outputs)
+    assert (tmp_path / "mrq_pendulum.zip").exists()

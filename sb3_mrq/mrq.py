@@ -33,6 +33,7 @@ from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
+from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
 
 
 def unbind_time(obs: Observation) -> list[Observation]:
@@ -381,10 +382,17 @@ class MRQ(OffPolicyAlgorithm):
             ("action space", replay_buffer.action_space, self.action_space),
         ):
             if theirs != ours:
-                raise ValueError(
-                    f"The replay buffer was made for another {name}: {theirs}, but the model has {ours}. Use the same one "
-                    "as when the buffer was saved, or start with an empty buffer."
-                )
+                raise other_buffer_error(name, theirs, ours)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as plain arrays, see :mod:`sb3_mrq.replay_files`.
+
+        :param path: Path to the file where the replay buffer should be saved, to which ``.pkl`` is added where it has no
+            suffix, as in SB3, or a file. Under a path there is at any moment what was there before, or all of the buffer.
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        save_replay_buffer(path, self.replay_buffer)
 
     def load_replay_buffer(
         self,
@@ -392,20 +400,15 @@ class MRQ(OffPolicyAlgorithm):
         truncate_last_traj: bool = True,
     ) -> None:
         """
-        Load a replay buffer from a pickle file.
+        Load a replay buffer saved by ``save_replay_buffer``. No code from the file is run.
 
-        :param path: Path to the pickled replay buffer.
+        :param path: Path to the file, whatever its name, or a file.
         :param truncate_last_traj: of no effect: the buffer itself notices whether the environment goes on where it ended
-        :raises ValueError: if it is no SubtrajectoryReplayBuffer, or one for other environments; the present buffer stays then
+        :raises ReplayFileError: if it is no such file, or a damaged one; the present buffer stays then
+        :raises ValueError: if it is a buffer for other environments; the present buffer stays then
         """
-        present = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            assert self.replay_buffer is not None
-            self._check_replay_buffer(self.replay_buffer)
-        except BaseException:
-            self.replay_buffer = present
-            raise
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        self.replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
 
     def _store_transition(
         self,

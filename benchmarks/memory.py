@@ -50,14 +50,14 @@ def record(env: gym.Env, n_steps: int) -> list[tuple[Any, ...]]:
     return transitions
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
     parser.add_argument("--size", type=int, default=1_000_000, help="places of the buffer (default: %(default)s)")
     parser.add_argument("--further", type=int, default=200_000, help="transitions when it is full (default: %(default)s)")
     parser.add_argument("--recorded", type=int, default=5_000, help="transitions to record (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     env = gym.make(args.task)
     if args.task.startswith("ALE/"):
@@ -77,7 +77,7 @@ def main() -> None:
         if buffer.full and not full_at:
             full_at, resident_at_full = added, resident()
     figures = {
-        "command": f"python -m benchmarks.memory {shlex.join(sys.argv[1:])}",
+        "command": f"python -m benchmarks.memory {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
         "versions": {"python": platform.python_version(), "numpy": version("numpy"), "gymnasium": version("gymnasium")},
         "transitions": buffer.size(),
         "buffer_gb": (resident_at_full - before) / 1e9,

@@ -94,24 +94,25 @@ class Plain:
 
     :param obs_dim: size of the observations
     :param action_dim: size of the actions
+    :param device: of everything
     """
 
-    def __init__(self, obs_dim: int, action_dim: int):
-        self.encoder, self.critic = Encoder(obs_dim, action_dim), Critic()
-        self.actor = MLP(512, 512, action_dim, F.relu).apply(xavier)
+    def __init__(self, obs_dim: int, action_dim: int, device: th.device | str = "cpu"):
+        self.encoder, self.critic = Encoder(obs_dim, action_dim).to(device), Critic().to(device)
+        self.actor = MLP(512, 512, action_dim, F.relu).apply(xavier).to(device)
         self.encoder_target, self.critic_target, self.actor_target = map(deepcopy, (self.encoder, self.critic, self.actor))
         self.encoder_optimizer = th.optim.AdamW(self.encoder.parameters(), lr=1e-4, weight_decay=1e-4)
         self.critic_optimizer = th.optim.AdamW(self.critic.parameters(), lr=3e-4, weight_decay=1e-4)
         self.actor_optimizer = th.optim.AdamW(self.actor.parameters(), lr=3e-4, weight_decay=1e-4)
         x = th.linspace(-BINS_LIMIT, BINS_LIMIT, N_BINS, dtype=th.float64)
-        self.bins = (x.sign() * x.abs().expm1()).float()
+        self.bins = (x.sign() * x.abs().expm1()).float().to(device)
 
     def two_hot(self, reward: th.Tensor) -> th.Tensor:
         """(B, 1) to (B, bins)"""
         reward = reward.clamp(self.bins[0], self.bins[-1])
         lower = (th.searchsorted(self.bins, reward, right=True) - 1).clamp(0, N_BINS - 2)
         upper_weight = (reward - self.bins[lower]) / (self.bins[lower + 1] - self.bins[lower])
-        weights = th.zeros(len(reward), N_BINS)
+        weights = th.zeros(len(reward), N_BINS, device=reward.device)
         weights.scatter_(1, lower, 1 - upper_weight)
         return weights.scatter_(1, lower + 1, upper_weight)
 
@@ -129,7 +130,7 @@ class Plain:
         with th.no_grad():
             targets = [self.encoder_target.state(obs[:, t + 1]) for t in range(actions.shape[1])]
         z_s = self.encoder.state(obs[:, 0])
-        loss = th.zeros(())
+        loss = th.zeros((), device=obs.device)
         for t, target in enumerate(targets):
             predicted_terminated, z_s, logits = self.encoder.predict(z_s, actions[:, t])
             m = mask[:, t : t + 1]

@@ -1,8 +1,10 @@
 """
 Time updates against the matrix products they cannot do without and against a plain implementation, sampling from a large
-buffer against a small one, and acting and the loop around the updates against SB3's TD3.
+buffer against a small one, and acting and the loop around the updates against SB3's TD3; and the memory of the replay buffer
+against that of SB3.
 
     python -m benchmarks.speed --out benchmarks/results/speed.json
+    python -m benchmarks.speed --device cuda --train HalfCheetah-v5 ALE/Pong-v5
 
 The sizes are those of HalfCheetah: 17 observations, 6 actions, batch 256. Every ratio is of two figures of the same run.
 """
@@ -24,17 +26,24 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import TD3
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.learning import processor
+from benchmarks.evaluation import processor
+from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)
 EPISODE_LENGTH = 1000
+# Training steps before they are timed, beyond the second replacement of the targets: everything is compiled and captured
+TRAIN_WARM_UP = 255
 
 
 class NoiseEnv(gym.Env):
@@ -56,36 +65,46 @@ class NoiseEnv(gym.Env):
         return self.np_random.normal(size=OBSERVATIONS.shape).astype(np.float32)
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if th.cuda.is_available():
+        th.cuda.synchronize()
+
+
 def fastest(function: Callable[[], Any], seconds: float = 3.0, at_least: int = 5) -> float:
     """
     :param function: what to time
     :param seconds: for how long to repeat it
     :param at_least: how often to do so at least
-    :return: seconds of the fastest call
+    :return: seconds of the fastest call, work on the GPU included
     """
     function()
+    synchronize()
     end = time.perf_counter() + seconds
     times: list[float] = []
     while time.perf_counter() < end or len(times) < at_least:
         start = time.perf_counter()
         function()
+        synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def matmul_rate(dtype: th.dtype, seconds: float) -> float:
+def matmul_rate(dtype: th.dtype, device: str, seconds: float) -> float:
     """
     :param dtype: of the matrices
+    :param device: of the matrices
     :param seconds: for how long to measure
     :return: floating-point operations a second of 256 x 512 x 512 products
     """
-    a, b = th.randn(256, 512).to(dtype), th.randn(512, 512).to(dtype)
+    a, b = (th.randn(shape, device=device).to(dtype) for shape in ((256, 512), (512, 512)))
+    n = 20 if device == "cpu" else 1000
 
     def products() -> None:
-        for _ in range(20):
+        for _ in range(n):
             a @ b
 
-    return 20 * 2 * 256 * 512 * 512 / fastest(products, seconds)
+    return n * 2 * 256 * 512 * 512 / fastest(products, seconds)
 
 
 def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepSamples, seconds: float) -> float:
@@ -96,8 +115,8 @@ def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepS
     :param seconds: for how long to measure
     :return: seconds that the plain implementation takes for the two updates
     """
-    plain = Plain(OBSERVATIONS.shape[0], ACTIONS.shape[0])
-    noise = th.randn(len(n_step.indices), ACTIONS.shape[0])
+    plain = Plain(OBSERVATIONS.shape[0], ACTIONS.shape[0], model.device)
+    noise = th.randn(len(n_step.indices), ACTIONS.shape[0], device=model.device)
     returns, discount = n_step_return(n_step.rewards, n_step.terminated, n_step.mask, model.gamma)
 
     def update() -> None:
@@ -114,23 +133,29 @@ def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepS
     return fastest(update, seconds)
 
 
-def time_updates(seconds: float) -> dict[str, Any]:
+def time_updates(device: str, seconds: float) -> dict[str, Any]:
     """
+    :param device: cpu or cuda
     :param seconds: for how long to measure each figure
-    :return: milliseconds of the two updates in each precision, eager and compiled; what they are in parts of the time that
-        their matrix products alone take in that precision, and how much faster than the plain implementation
+    :return: milliseconds of the two updates in each precision and mode; what they are in parts of the time that their matrix
+        products alone take in that precision, and how much faster than the plain implementation. Modes are eager and compiled
+        on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their batches and set
+        priorities too.
     """
-    model = MRQ("MlpPolicy", NoiseEnv(), learning_starts=500, seed=0, device="cpu")
+    model = MRQ("MlpPolicy", NoiseEnv(), learning_starts=500, seed=0, device=device, compile_updates=False)
     model.learn(501, log_interval=None)  # type: ignore[arg-type]
     assert model.replay_buffer is not None
     subtrajectories = model.replay_buffer.sample(model.batch_size)
     n_step = model.replay_buffer.sample_n_step(model.batch_size)
 
     def update_encoder() -> None:
-        model._update_encoder(subtrajectories)
+        model._train_encoder(model.batch_size) if model._device_training else model._update_encoder(subtrajectories)
 
     def update_value_and_policy() -> None:
-        model._update_value_and_policy(n_step)
+        if model._device_training:
+            model._train_value_and_policy(model.batch_size)
+        else:
+            model._update_value_and_policy(n_step)
 
     gflop = {}
     for name, update in (("encoder", update_encoder), ("value_and_policy", update_value_and_policy)):
@@ -138,19 +163,27 @@ def time_updates(seconds: float) -> dict[str, Any]:
             update()
         gflop[name] = counter.get_total_flops() / 1e9
     figures: dict[str, Any] = {"gflop": gflop, "plain_ms": 1e3 * time_plain(model, subtrajectories, n_step, seconds)}
-    for precision in ("float32", "bfloat16"):
-        rate = matmul_rate(getattr(th, precision), seconds)
+    modes = ("eager", "compiled") if device == "cpu" else ("eager", "captured", "compiled and captured")
+    for precision in ("float32", "bfloat16") if device == "cpu" else ("float32", "tf32", "bfloat16"):
+        th.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        rate = matmul_rate(th.bfloat16 if precision == "bfloat16" else th.float32, device, seconds)
+        th.set_float32_matmul_precision("highest")
         floor = 1e12 * sum(gflop.values()) / rate
         row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
-        for compiled in (False, True):
-            model.learner.bfloat16 = precision == "bfloat16"
-            model.learner.compile(compiled)
+        for mode in modes:
+            model.learner.bfloat16, model.learner.tf32 = precision == "bfloat16", precision == "tf32"
+            model.learner.compile("compiled" in mode)
+            model._device_training = None
+            model._may_capture = "captured" in mode
             start = time.perf_counter()
-            update_encoder()
-            update_value_and_policy()
+            model._prepare_capturing(model.batch_size)
+            for _ in range(5):
+                update_encoder()
+                update_value_and_policy()
+            synchronize()
             first = time.perf_counter() - start
             encoder, value = 1e3 * fastest(update_encoder, seconds), 1e3 * fastest(update_value_and_policy, seconds)
-            row["compiled" if compiled else "eager"] = {
+            row[mode] = {
                 "first_s": first,
                 "encoder_ms": encoder,
                 "value_and_policy_ms": value,
@@ -162,29 +195,51 @@ def time_updates(seconds: float) -> dict[str, Any]:
     return figures
 
 
-def time_acting(seconds: float) -> dict[str, float]:
+def time_training(env_id: str, device: str, steps: int) -> dict[str, float]:
     """
+    :param env_id: environment
+    :param device: cpu or cuda
+    :param steps: of the environment, each with a training step
+    :return: steps a second of training with all there is to it, simulation included
+    """
+    atari = env_id.startswith("ALE/")
+    env = make_vec_env(lambda: AtariWrapper(gym.make(env_id)) if atari else gym.make(env_id), seed=0)
+    policy = "CnnPolicy" if atari else "MlpPolicy"
+    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, compile_updates=True, precision="bfloat16")
+    model.learn(500 + TRAIN_WARM_UP)
+    start = time.perf_counter()
+    model.learn(steps, reset_num_timesteps=False)
+    synchronize()
+    return {"steps_per_second": steps / (time.perf_counter() - start)}
+
+
+def time_acting(device: str, seconds: float) -> dict[str, float]:
+    """
+    :param device: cpu or cuda
     :param seconds: for how long to measure
     :return: microseconds of ``predict`` for one observation, by MRQ and by TD3
     """
     obs = np.zeros(OBSERVATIONS.shape, dtype=np.float32)
     figures = {}
     for name, algorithm in (("mrq", MRQ), ("td3", TD3)):
-        model = algorithm("MlpPolicy", NoiseEnv(), buffer_size=1000, device="cpu")
+        model = algorithm("MlpPolicy", NoiseEnv(), buffer_size=1000, device=device)
         figures[f"{name}_us"] = 1e6 * fastest(lambda model=model: model.predict(obs, deterministic=True), seconds, 100)
     return {**figures, "mrq_to_td3": figures["mrq_us"] / figures["td3_us"]}
 
 
-def time_loop(steps: int) -> dict[str, float]:
+def time_loop(device: str, steps: int, n_envs: int) -> dict[str, float]:
     """
-    :param steps: steps of the environment
+    :param device: cpu or cuda
+    :param steps: steps of the environments
+    :param n_envs: number of environments
     :return: microseconds of a step of training without its updates (acting, stepping, storing), by MRQ and by TD3, each in the
         random steps before learning starts and after
     """
     figures = {}
     for phase, learning_starts in (("random", steps), ("acting", 0)):
         for name, algorithm in (("mrq", MRQ), ("td3", TD3)):
-            model = algorithm("MlpPolicy", NoiseEnv(), learning_starts=learning_starts, gradient_steps=0, device="cpu", seed=0)
+            env = DummyVecEnv([NoiseEnv] * n_envs)
+            model = algorithm("MlpPolicy", env, learning_starts=learning_starts, gradient_steps=0, device=device, seed=0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Nothing will be learned")
                 model.learn(100)
@@ -195,13 +250,14 @@ def time_loop(steps: int) -> dict[str, float]:
     return figures
 
 
-def full_buffer(size: int, n_envs: int = 10) -> SubtrajectoryReplayBuffer:
+def full_buffer(size: int, buffer_class: type[ReplayBuffer] = SubtrajectoryReplayBuffer, n_envs: int = 10) -> Any:
     """
     :param size: number of places
+    :param buffer_class: class of the buffer
     :param n_envs: number of environments
     :return: a buffer with a transition, or a final observation, in each
     """
-    buffer = SubtrajectoryReplayBuffer(size, OBSERVATIONS, ACTIONS, device="cpu", n_envs=n_envs)
+    buffer = buffer_class(size, OBSERVATIONS, ACTIONS, device="cpu", n_envs=n_envs)
     random = np.random.default_rng(0)
     obs = random.normal(size=(n_envs, *OBSERVATIONS.shape)).astype(np.float32)
     step = 0
@@ -215,7 +271,7 @@ def full_buffer(size: int, n_envs: int = 10) -> SubtrajectoryReplayBuffer:
             random.uniform(-1, 1, (n_envs, *ACTIONS.shape)),
             random.normal(size=n_envs),
             done,
-            [{"TimeLimit.truncated": True}] * n_envs,
+            [{"TimeLimit.truncated": bool(done[0])}] * n_envs,
         )
         obs = random.normal(size=obs.shape).astype(np.float32) if done[0] else next_obs
     return buffer
@@ -240,46 +296,76 @@ def time_sampling(small: int, large: int) -> dict[str, float]:
     return {"small_ms": small_ms, "large_ms": large_ms, "large_to_small": large_ms / small_ms}
 
 
+def measure_memory(size: int) -> dict[str, float]:
+    """
+    :param size: places of the buffers
+    :return: resident megabytes of a full replay buffer, and of SB3's with as many transitions
+    """
+    figures = {}
+    for name, buffer_class in (("mrq", SubtrajectoryReplayBuffer), ("sb3", ReplayBuffer)):
+        before = resident()
+        buffer = full_buffer(size, buffer_class)
+        figures[f"{name}_mb"] = (resident() - before) / 1e6
+        del buffer
+    return {**figures, "mrq_to_sb3": figures["mrq_mb"] / figures["sb3_mb"]}
+
+
 def table(figures: dict[str, Any]) -> str:
     """
     :param figures: all that was measured
     :return: what matters of it, in lines
     """
-    update, sampling, acting, loop = (figures[name] for name in ("update", "sampling", "acting", "loop"))
-    lines = [f"{'':30} {'this':>10} {'reference':>10} {'ratio':>7}"]
+    update = figures["update"]
+    lines = [f"{'':44} {'this':>10} {'reference':>10} {'ratio':>7}"]
 
     def line(what: str, this: float, reference: float, unit: str) -> None:
-        lines.append(f"{what:30} {this:7.1f} {unit} {reference:7.1f} {unit} {this / reference:7.2f}")
+        lines.append(f"{what:44} {this:7.1f} {unit} {reference:7.1f} {unit} {this / reference:7.2f}")
 
-    for precision in ("float32", "bfloat16"):
-        for mode in ("eager", "compiled"):
-            ms = update[precision][mode]["update_ms"]
-            line(f"update, {precision}, {mode} / floor", ms, update[precision]["floor_ms"], "ms")
-            line("    / plain implementation", ms, update["plain_ms"], "ms")
-    line("sampling, large / small buffer", sampling["large_ms"], sampling["small_ms"], "ms")
-    line("acting / TD3", acting["mrq_us"], acting["td3_us"], "us")
-    for phase in ("random", "acting"):
-        line(f"loop, {phase} / TD3", loop[f"mrq_{phase}_us"], loop[f"td3_{phase}_us"], "us")
+    for precision, row in update.items():
+        for mode, timed in row.items() if precision not in ("gflop", "plain_ms") else ():
+            if isinstance(timed, dict):
+                line(f"update, {precision}, {mode} / floor", timed["update_ms"], row["floor_ms"], "ms")
+                line("    / plain implementation", timed["update_ms"], update["plain_ms"], "ms")
+    for name, this, reference, unit in (
+        ("sampling, large / small buffer", "large_ms", "small_ms", "ms"),
+        ("memory / SB3's replay buffer", "mrq_mb", "sb3_mb", "MB"),
+        ("acting / TD3", "mrq_us", "td3_us", "us"),
+    ):
+        row = figures[name.split(",")[0].split(" /")[0]]
+        line(name, row[this], row[reference], unit)
+    for n_envs, row in figures["loop"].items():
+        for phase in ("random", "acting"):
+            line(f"loop, {n_envs} environments, {phase} / TD3", row[f"mrq_{phase}_us"], row[f"td3_{phase}_us"], "us")
+    for env_id, row in figures["training"].items():
+        lines.append(f"training, {env_id}: {row['steps_per_second']:.1f} steps a second")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--large", type=int, default=1_000_000, help="places of the large buffer (default: %(default)s)")
+    parser.add_argument("--small", type=int, default=10_000, help="places of the small buffer (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for which to measure each figure (default: %(default)s)")
+    parser.add_argument("--train", nargs="*", default=[], metavar="ENV", help="environments in which to time whole training")
+    parser.add_argument("--train-steps", type=int, default=2_000, help="steps of that (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.threads:
         th.set_num_threads(args.threads)
+    gpu = f", {th.cuda.get_device_name()}" if args.device == "cuda" else ""
     figures = {
-        "command": f"python -m benchmarks.speed {shlex.join(sys.argv[1:])}",
-        "machine": f"{processor()}, {th.get_num_threads()} threads of torch",
+        "command": f"python -m benchmarks.speed {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
+        "machine": f"{processor()}, {th.get_num_threads()} threads of torch{gpu}",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")},
-        "update": time_updates(args.seconds),
-        "sampling": time_sampling(10_000, args.large),
-        "acting": time_acting(args.seconds),
-        "loop": time_loop(int(1000 * args.seconds)),
+        # First, while the memory of this process is its own
+        "memory": measure_memory(args.large),
+        "sampling": time_sampling(args.small, args.large),
+        "update": time_updates(args.device, args.seconds),
+        "acting": time_acting(args.device, args.seconds),
+        "loop": {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
+        "training": {env_id: time_training(env_id, args.device, args.train_steps) for env_id in args.train},
     }
     print(table(figures))
     if args.out:

@@ -4,7 +4,7 @@ The replay buffer of MR.Q: sub-trajectories of several environments, sampled by 
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -14,6 +14,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.frames import ObservationStorage
 from sb3_mrq.priorities import PriorityTree
+
+if TYPE_CHECKING:
+    from sb3_mrq.device_replay import DeviceReplay
 
 # Flags of a place
 STORED = 1  # holds a transition, not only an observation
@@ -43,7 +46,8 @@ def check_finite(values: np.ndarray | Mapping[Any, np.ndarray], name: str) -> No
 
 class SubtrajectorySamples(NamedTuple):
     """
-    Sub-trajectories of H transitions, torch tensors but for ``indices``. Observations are dicts where the space is one.
+    Sub-trajectories of H transitions, torch tensors, ``indices`` too where they were drawn on the device. Observations are
+    dicts where the space is one.
 
     :param observations: s_0 to s_H, the final observation repeated past the end of the episode, (B, H + 1, ...)
     :param actions: Box actions scaled to [-1, 1], others as integers of the space, (B, H, action_dim)
@@ -58,13 +62,13 @@ class SubtrajectorySamples(NamedTuple):
     rewards: th.Tensor
     terminated: th.Tensor
     mask: th.Tensor
-    indices: np.ndarray
+    indices: np.ndarray | th.Tensor
 
 
 class NStepSamples(NamedTuple):
     """
-    Transitions with what an n-step target needs, torch tensors but for ``indices``. Observations are dicts where the space is
-    one.
+    Transitions with what an n-step target needs, torch tensors, ``indices`` too where they were drawn on the device.
+    Observations are dicts where the space is one.
 
     :param observations: s_0, (B, ...)
     :param actions: a_0, Box actions scaled to [-1, 1], others as integers of the space, (B, action_dim)
@@ -81,7 +85,7 @@ class NStepSamples(NamedTuple):
     terminated: th.Tensor
     mask: th.Tensor
     next_observations: th.Tensor | dict[str, th.Tensor]
-    indices: np.ndarray
+    indices: np.ndarray | th.Tensor
 
 
 class BufferState(NamedTuple):
@@ -164,7 +168,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """
         self.pos = 0
         self.full = False
-        self.max_priority = 1.0
+        self._max_priority = 1.0
         self.has_terminated = False
         self.n_sampleable = 0
         self._n_stored = 0
@@ -182,6 +186,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._running = np.zeros(self.n_envs, dtype=bool)
         self._length = np.zeros(self.n_envs, dtype=np.int64)
         self._last_next_obs: dict[str | None, np.ndarray] = {}
+        self._mirror: DeviceReplay | None = None
 
     def check_size(self) -> None:
         """
@@ -216,6 +221,68 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :return: number of stored transitions, over all environments
         """
         return self._n_stored
+
+    @property
+    def max_priority(self) -> float:
+        """Largest priority ever assigned."""
+        self._pull_priorities()
+        return self._max_priority
+
+    def mirror(self, device: th.device) -> "DeviceReplay":
+        """
+        Keep a copy of everything on a device, to sample there without work of the host. From then on the copy's priorities
+        count; what is asked of this buffer takes them from there.
+
+        :param device: where to, one that has room for ``DeviceReplay.size_of(self)`` bytes
+        :return: the copy, the same one until the buffer is emptied or stores its observations in another way
+        """
+        from sb3_mrq.device_replay import DeviceReplay
+
+        if self._mirror is None or self._mirror.device != device or not self._mirror.mirrors(self):
+            self.drop_mirror()
+            self._mirror = DeviceReplay(self, device)
+        return self._mirror
+
+    def drop_mirror(self) -> None:
+        """Give up the copy on a device, if there is one."""
+        self._pull_priorities()
+        self._mirror = None
+
+    def places(self) -> dict[str, np.ndarray]:
+        """
+        :return: what there is for every place, by name, (n_places, ...) each: the arrays themselves, no copies
+        """
+        arrays = {"actions": self.actions, "rewards": self.rewards, "flags": self._flags, "ages": self._ages}
+        for key, storage in self._storages.items():
+            arrays[f"observations {key}"] = storage.data
+            if storage.stacked:
+                arrays[f"zero_filled {key}"] = storage.zero_filled
+        return arrays
+
+    def observation_shapes(self) -> dict[Any, tuple[int, ...]]:
+        """
+        :return: shape of one whole observation by key of a Dict, under None where it is none
+        """
+        return {key: storage.shape for key, storage in self._storages.items()}
+
+    def priorities(self, indices: np.ndarray) -> np.ndarray:
+        """
+        :param indices: places, (n,)
+        :return: their priorities, positive for those that can be sampled, (n,). Where there is a copy on a device the positive
+            ones may be out of date.
+        """
+        return self._priorities.get(indices)
+
+    def _pull_priorities(self) -> None:
+        """Take over the priorities of the copy on a device, if there is one."""
+        if self._mirror is not None:
+            places = np.flatnonzero(self._priorities.get(np.arange(len(self._flags))))
+            priorities, self._max_priority = self._mirror.read_priorities(places)
+            self._priorities.set(places, priorities)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._pull_priorities()
+        return self.__dict__ | {"_mirror": None}
 
     def _cast(self, obs: np.ndarray | dict[str, np.ndarray]) -> dict[str | None, np.ndarray]:
         values: dict[Any, np.ndarray] = obs if isinstance(obs, dict) else {None: obs}
@@ -277,6 +344,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.rewards[places] = reward
         terminated = done & ~truncated
         self._flags[places] = PRESENT | STORED | np.where(terminated, TERMINATED, 0)
+        self._changed(places)
         self.has_terminated |= bool(terminated.any())
         self._n_stored += self.n_envs
         self._length += 1
@@ -305,6 +373,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             storage.write(places, obs[key][envs])
         self._ages[places] = 0 if ages is None else np.minimum(ages, 254) + 1
         self._flags[places] = PRESENT
+        self._changed(places)
+
+    def _changed(self, places: np.ndarray, activated: bool = False) -> None:
+        if self._mirror is not None:
+            self._mirror.mark(places, activated)
 
     def _evict(self, places: np.ndarray) -> None:
         """Take the transitions out that start at the places, or need them for their stack of frames."""
@@ -324,18 +397,22 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._n_stored -= len(places)
         self.n_sampleable -= int(np.count_nonzero(self._priorities.get(places)))
         self._priorities.set(places, 0.0)
+        self._changed(places)
 
     def _activate(self, places: np.ndarray) -> None:
         """Let transitions be sampled from now on."""
-        self._priorities.set(places, self.max_priority)
+        self._priorities.set(places, self._max_priority)
         self.n_sampleable += len(places)
+        self._changed(places, activated=True)
 
     def _close(self, envs: np.ndarray) -> None:
         """End the running stretch of some environments, bool (n_envs,), at its last observation, which keeps its place."""
         if not envs.any():
             return
         ring, head, length = self._ring[envs, None], self._head[envs, None], self._length[envs, None]
-        self._flags[ring + (head - 1) % self.buffer_size] |= ENDED
+        last = (ring + (head - 1) % self.buffer_size)[:, 0]
+        self._flags[last] |= ENDED
+        self._changed(last)
         if self.reach > 1:
             back = np.arange(1, self.reach)
             waiting = ring + (head - back) % self.buffer_size
@@ -363,10 +440,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """
         :return: all that is needed to make an equal buffer of one with the same arguments, see ``set_state``
         """
+        self._pull_priorities()
         numbers = {
             "pos": self.pos,
             "full": self.full,
-            "max_priority": self.max_priority,
+            "max_priority": self._max_priority,
             "has_terminated": self.has_terminated,
             "n_sampleable": self.n_sampleable,
             "n_stored": self._n_stored,
@@ -399,7 +477,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             fill(BufferState(numbers, self._place_arrays(), self._environment_arrays(), np.zeros(self.n_envs, dtype=np.int64)))
             self.pos = numbers["pos"]
             self.full = numbers["full"]
-            self.max_priority = numbers["max_priority"]
+            self._max_priority = numbers["max_priority"]
             self.has_terminated = numbers["has_terminated"]
             self.n_sampleable = numbers["n_sampleable"]
             self._n_stored = numbers["n_stored"]
@@ -409,17 +487,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             raise
 
     def _place_arrays(self) -> dict[str, np.ndarray]:
-        arrays = {
-            "actions": self.actions,
-            "rewards": self.rewards,
-            "flags": self._flags,
-            "ages": self._ages,
-            "priorities": self._priorities.leaves,
-        }
-        for key, storage in self._storages.items():
-            suffix = "" if key is None else f" {key}"
-            arrays |= {f"observations.{name}{suffix}": array for name, array in storage.arrays().items()}
-        return arrays if self._storages else {}
+        return {**self.places(), "priorities": self._priorities.leaves} if self._storages else {}
 
     def _environment_arrays(self) -> dict[str, np.ndarray]:
         arrays = {"head": self._head, "running": self._running, "length": self._length}
@@ -441,7 +509,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
                 f"There are {n_stored} transitions, {n_sampleable} to be sampled, but there should be {self._n_stored}, "
                 f"{self.n_sampleable} to be sampled."
             )
-        if not (priorities.max() < np.inf and priorities.min() >= 0 and 0 < self.max_priority < np.inf):
+        if not (priorities.max() < np.inf and priorities.min() >= 0 and 0 < self._max_priority < np.inf):
             raise ValueError("There are priorities that are negative or not finite.")
         if ((self._head < 0) | (self._head >= self.buffer_size) | (self._length < 0)).any():
             raise ValueError("The next place to write to is outside the buffer.")
@@ -454,6 +522,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             raise ValueError(
                 "There is no transition to sample yet: none whose horizon is complete or whose episode has ended."
             )
+        self._pull_priorities()
         return self._priorities.sample(batch_size)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:  # type: ignore[override]
@@ -486,16 +555,20 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         if self.n_sampleable == 0:
             return
         priorities = np.asarray(priorities, dtype=np.float64)
+        self._pull_priorities()
         present = self._priorities.get(indices) > 0
         if not (np.isfinite(priorities).all() and (priorities > 0).all()):
             raise ValueError(f"Priorities must be positive and finite, not {priorities.min()} to {priorities.max()}.")
         self._priorities.set(indices[present], priorities[present])
-        self.max_priority = max(self.max_priority, float(priorities[present].max(initial=0.0)))
+        self._max_priority = max(self._max_priority, float(priorities[present].max(initial=0.0)))
+        if self._mirror is not None:
+            self._mirror.write_priorities(indices[present], self._priorities.get(indices[present]), self._max_priority)
 
     def sampling_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """
         :return: places of all starts that can be sampled, and the probability of each, (n,) both
         """
+        self._pull_priorities()
         priorities = self._priorities.get(np.arange(len(self._flags)))
         indices = np.flatnonzero(priorities)
         return indices, priorities[indices] / priorities.sum()

@@ -56,14 +56,6 @@ class ObservationStorage:
         """Whether observations are stored as single frames."""
         return self.n_stack > 1
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """
-        :return: what is stored for every place, by name, (n_places, ...) each: the arrays themselves, no copies
-        """
-        if not self.data.size:
-            return {}
-        return {"data": self.data, "zero_filled": self.zero_filled} if self.stacked else {"data": self.data}
-
     def get_state(self) -> dict[str, Any]:
         """
         :return: how observations are stored, as numbers for a JSON file

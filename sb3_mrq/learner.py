@@ -8,7 +8,8 @@ them: autocast keeps the bfloat16 copy of a weight for as long as its region las
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch as th
@@ -39,6 +40,63 @@ class ValuePolicyMetrics(NamedTuple):
     q_value: th.Tensor
     td_error: th.Tensor
     critic_grad_norm: th.Tensor
+
+
+class MetricMeans:
+    """
+    Means of what updates report, summed up on the device until they are asked for.
+
+    :param names: of the metrics
+    :param device: of the metrics
+    """
+
+    def __init__(self, names: Sequence[str], device: th.device):
+        self.names = names
+        # The last one counts
+        self._sums = th.zeros(len(names) + 1, device=device)
+        self._one = th.ones((), device=device)
+
+    def add(self, metrics: Sequence[th.Tensor]) -> None:
+        """
+        :param metrics: 0-d tensors, in the order of the names
+        """
+        self._sums.add_(th.stack([*metrics, self._one]))
+
+    def take(self) -> dict[str, float]:
+        """
+        :return: the means of what was added since the last call, none if that was nothing
+        """
+        *sums, count = self._sums.tolist()
+        self._sums.zero_()
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
+
+
+class Scalars:
+    """
+    Numbers as 0-d tensors that stay where they are, for code that is compiled or captured and would take a number for a
+    constant.
+
+    :param device: of the tensors
+    """
+
+    def __init__(self, device: th.device):
+        self.device = device
+        self._values: dict[str, float] = {}
+        self._tensors: dict[str, th.Tensor] = {}
+
+    def set(self, **values: float) -> None:
+        """
+        :param values: numbers by name
+        """
+        for name, value in values.items():
+            if name not in self._tensors:
+                self._tensors[name] = th.full((), float(value), device=self.device)
+            elif self._values[name] != value:
+                self._tensors[name].fill_(value)
+            self._values[name] = value
+
+    def __getitem__(self, name: str) -> th.Tensor:
+        return self._tensors[name]
 
 
 class Noise(NamedTuple):
@@ -139,6 +197,8 @@ class Learner:
     :param min_td_error: errors below this have one priority
     :param bfloat16: whether networks compute matrix products, and keep activations, in bfloat16. Weights, losses, targets and
         optimisers are in float32 in any case.
+    :param tf32: whether float32 matrix products may be computed in TF32 where the device can
+        (``torch.set_float32_matmul_precision("high")`` while it updates)
     :param compiled: whether to compile the losses
     """
 
@@ -163,6 +223,7 @@ class Learner:
         priority_alpha: float,
         min_td_error: float,
         bfloat16: bool = False,
+        tf32: bool = False,
         compiled: bool = False,
     ):
         self.encoder, self.encoder_target = encoder, encoder_target
@@ -180,6 +241,7 @@ class Learner:
         self.priority_alpha = priority_alpha
         self.min_td_error = min_td_error
         self.bfloat16 = bfloat16
+        self.tf32 = tf32
         self.compile(compiled)
 
     def compile(self, compiled: bool) -> None:
@@ -209,6 +271,17 @@ class Learner:
     def _autocast(self) -> th.autocast:
         device = self.encoder.predictor.bins.device
         return th.autocast(device.type, th.bfloat16, enabled=self.bfloat16)
+
+    @contextmanager
+    def _matmul_precision(self) -> Iterator[None]:
+        """Backward passes included, hence not a part of the losses."""
+        before = th.get_float32_matmul_precision()
+        if self.tf32:
+            th.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            th.set_float32_matmul_precision(before)
 
     def sample_noise(self, batch_size: int) -> Noise:
         """
@@ -284,9 +357,10 @@ class Learner:
         :param termination_switch: 1, or 0 to leave out the termination term
         :return: the losses before the step
         """
-        loss = self._encoder_loss(first_obs, next_obs, actions, rewards, terminated, mask, termination_switch)
-        self.encoder.optimizer.zero_grad()
-        loss.total.backward()
+        with self._matmul_precision():
+            loss = self._encoder_loss(first_obs, next_obs, actions, rewards, terminated, mask, termination_switch)
+            self.encoder.optimizer.zero_grad()
+            loss.total.backward()
         self.encoder.optimizer.step()
         return EncoderMetrics(*(term.detach() for term in loss))
 
@@ -371,22 +445,23 @@ class Learner:
         :param noise: from ``sample_noise``
         :return: new priorities (B,), and the losses before the step
         """
-        target, z_s, z_sa = self._value_target(
-            obs, actions, rewards, terminated, mask, next_obs, reward_scale, target_reward_scale, noise
-        )
+        with self._matmul_precision():
+            target, z_s, z_sa = self._value_target(
+                obs, actions, rewards, terminated, mask, next_obs, reward_scale, target_reward_scale, noise
+            )
 
-        # Value step
-        critic_loss, q = self._value_loss(z_sa, target)
-        self.critic.optimizer.zero_grad()
-        critic_loss.backward()
-        critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
-        self.critic.optimizer.step()
+            # Value step
+            critic_loss, q = self._value_loss(z_sa, target)
+            self.critic.optimizer.zero_grad()
+            critic_loss.backward()
+            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
+            self.critic.optimizer.step()
 
-        # Policy step, through g and Q but for the weights of pi alone
-        actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
-        self.actor.optimizer.zero_grad()
-        actor_loss.backward()
-        self.actor.optimizer.step()
+            # Policy step, through g and Q but for the weights of pi alone
+            actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
+            self.actor.optimizer.step()
 
         priorities = losses.td_priority(q, target, self.priority_alpha, self.min_td_error)
         metrics = ValuePolicyMetrics(

@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
@@ -31,8 +32,11 @@ from sb3_mrq.buffers import (
     check_finite,
 )
 from sb3_mrq.checkpoints import resume, set_generators
+from sb3_mrq.device_replay import DeviceReplay
+from sb3_mrq.device_training import DeviceTraining, restore_groups
 from sb3_mrq.extractors import check_observation_space
-from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
+from sb3_mrq.graphs import CaptureError, Graph
+from sb3_mrq.learner import EncoderMetrics, Learner, MetricMeans, Observation, Scalars, ValuePolicyMetrics, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
@@ -102,12 +106,13 @@ class MRQ(OffPolicyAlgorithm):
         left out until an episode has terminated
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
-    :param precision: ``"float32"``, or ``"bfloat16"`` for networks that compute matrix products and keep activations in
-        bfloat16; weights, losses, targets and optimisers are in float32 in any case. It pays on GPUs and on processors with
-        AMX or AVX512-BF16. ``"auto"`` is float32.
+    :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
+        networks that compute matrix products and keep activations in bfloat16, which pays on GPUs and on processors with AMX
+        or AVX512-BF16. Weights, losses, targets and optimisers are in float32 in any case. ``"auto"`` is float32.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes about half a minute when training
-        starts. ``"auto"`` does so on a CPU where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in
-        the main thread. Where compilation fails, training goes on without it, after a warning.
+        starts. On a CUDA device whole training steps are captured as CUDA graphs besides, with a copy of the replay buffer on
+        the device. ``"auto"`` compiles on a CPU where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the
+        warm-up, in the main thread. Where compiling or capturing fails, training goes on without it, after a warning.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -140,6 +145,8 @@ class MRQ(OffPolicyAlgorithm):
     METRICS_INTERVAL = 50
     # Steps from which compilation is worth while: it takes 26 seconds and saves 22 ms of the 190 of a step, on one core
     COMPILE_FROM = 20_000
+    # Of the memory that is free on a GPU, what the replay buffer may take there
+    SHARE_OF_DEVICE = 0.7
 
     def __init__(
         self,
@@ -258,7 +265,10 @@ class MRQ(OffPolicyAlgorithm):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value}, but must be positive.")
-        for name, choices in (("precision", ("auto", "float32", "bfloat16")), ("compile_updates", ("auto", True, False))):
+        for name, choices in (
+            ("precision", ("auto", "float32", "tf32", "bfloat16")),
+            ("compile_updates", ("auto", True, False)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
@@ -321,11 +331,15 @@ class MRQ(OffPolicyAlgorithm):
             priority_alpha=self.priority_alpha,
             min_td_error=self.min_td_error,
             bfloat16=self.precision == "bfloat16",
+            tf32=self.precision == "tf32",
             compiled=self.compile_updates is True,
         )
         # Metrics of the last updates, on the device until they are logged
-        self._encoder_metrics: list[EncoderMetrics] = []
-        self._value_policy_metrics: list[ValuePolicyMetrics] = []
+        self._encoder_metrics = MetricMeans(EncoderMetrics._fields, self.device)
+        self._value_policy_metrics = MetricMeans(ValuePolicyMetrics._fields, self.device)
+        self._scalars = Scalars(self.device)
+        self._device_training: DeviceTraining | None = None
+        self._may_capture = self.compile_updates is True and Graph.can_capture(self.device)
 
     def _create_aliases(self) -> None:
         self.encoder = self.policy.encoder
@@ -494,7 +508,7 @@ class MRQ(OffPolicyAlgorithm):
             return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action
 
         assert self._last_obs is not None, "self._last_obs was not set"
-        buffer_action = self.policy.explore(self._last_obs, 0.0 if action_noise is not None else self.exploration_noise)
+        buffer_action = self._explore(self._last_obs, 0.0 if action_noise is not None else self.exploration_noise)
         buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
         if not isinstance(self.action_space, spaces.Box):
             buffer_action = buffer_action.astype(self.action_space.dtype)
@@ -503,6 +517,17 @@ class MRQ(OffPolicyAlgorithm):
             noise = np.reshape(action_noise(), buffer_action.shape)
             buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
         return self.policy.unscale_action(buffer_action), buffer_action
+
+    def _explore(self, obs: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
+        if self._device_training is not None:
+            try:
+                action = self._device_training.act(obs)
+                if not np.isfinite(action).all():
+                    raise ValueError(f"Training has diverged: the policy's action is {action}.")
+                return action
+            except CaptureError as error:
+                self._give_up_capturing(error)
+        return self.policy.explore(obs, noise)
 
     def _preprocess(self, obs: Observation) -> Observation:
         """
@@ -531,28 +556,109 @@ class MRQ(OffPolicyAlgorithm):
         update_learning_rate(self.encoder.optimizer, encoder_learning_rate)
         self.logger.record("train/encoder_learning_rate", encoder_learning_rate)
 
+        # Where the first episode is shorter than the horizon there is nothing yet
+        if self.replay_buffer.n_sampleable == 0:
+            gradient_steps = 0
+        if gradient_steps > 0:
+            self._set_scalars()
+            self._prepare_capturing(batch_size)
         for _ in range(gradient_steps):
-            # Where the first episode is shorter than the horizon there is nothing yet
-            if self.replay_buffer.n_sampleable == 0:
-                break
-
             # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
             if self._n_updates % self.target_update_interval == 0:
                 self._replace_targets()
                 for _ in range(self.target_update_interval):
-                    self._update_encoder(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env))
+                    self._train_encoder(batch_size)
                 self._log_encoder()
-
-            # One value and one policy update
-            samples = self.replay_buffer.sample_n_step(batch_size, env=self._vec_normalize_env)
-            priorities = self._update_value_and_policy(samples)
-            self.replay_buffer.update_priorities(samples.indices, priorities.cpu().numpy())
+            self._train_value_and_policy(batch_size)
 
             self._n_updates += 1
             if self._n_updates % self.METRICS_INTERVAL == 1:
                 self._log_value_and_policy()
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _prepare_capturing(self, batch_size: int) -> None:
+        """
+        Make ready for training steps that are captured as graphs, if they are to be and can be.
+        """
+        assert self.replay_buffer is not None
+        if not self._may_capture:
+            return
+        try:
+            if self._vec_normalize_env is not None:
+                raise CaptureError("VecNormalize works on the host.")
+            if self._device_training is None or self._device_training.batch_size != batch_size:
+                free = self._free_memory()
+                size = DeviceReplay.size_of(self.replay_buffer)
+                if self._device_training is None and size > self.SHARE_OF_DEVICE * free:
+                    raise CaptureError(f"The replay buffer takes {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free there.")
+                self._device_training = DeviceTraining(self, batch_size)
+            else:
+                self._device_training.prepare()
+        except (CaptureError, TypeError, th.OutOfMemoryError) as error:
+            self._give_up_capturing(error)
+
+    def _free_memory(self) -> float:
+        """Bytes that are free on the device."""
+        return th.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else np.inf
+
+    def _give_up_capturing(self, error: Exception) -> None:
+        """
+        Train without graphs from now on, and say so.
+        """
+        warnings.warn(
+            f"Training steps could not be captured as CUDA graphs, so they run as they are, slower but with the same results. "
+            f"Set compile_updates=False to do so from the start. {error}",
+            stacklevel=2,
+        )
+        self._may_capture = False
+        if self._device_training is not None:
+            self._device_training.release()
+            self._device_training = None
+
+    def _train_encoder(self, batch_size: int) -> None:
+        """
+        One encoder update on a new batch.
+
+        :param batch_size: number of sub-trajectories
+        """
+        assert self.replay_buffer is not None
+        if self._device_training is not None:
+            try:
+                return self._device_training.update_encoder()
+            except CaptureError as error:
+                self._give_up_capturing(error)
+        samples = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        self._encoder_metrics.add(self._update_encoder(samples))
+
+    def _train_value_and_policy(self, batch_size: int) -> None:
+        """
+        One value and one policy update on a new batch, whose transitions take new priorities.
+
+        :param batch_size: number of transitions
+        """
+        assert self.replay_buffer is not None
+        if self._device_training is not None:
+            try:
+                return self._device_training.update_value_and_policy()
+            except CaptureError as error:
+                self._give_up_capturing(error)
+        samples = self.replay_buffer.sample_n_step(batch_size, env=self._vec_normalize_env)
+        priorities, metrics = self._update_value_and_policy(samples)
+        assert isinstance(samples.indices, np.ndarray)
+        self.replay_buffer.update_priorities(samples.indices, priorities.cpu().numpy())
+        self._value_policy_metrics.add(metrics)
+
+    def _set_scalars(self) -> None:
+        """
+        Bring numbers that change during training to where the updates read them.
+        """
+        assert self.replay_buffer is not None
+        self._scalars.set(
+            reward_scale=self.reward_scale,
+            target_reward_scale=self.target_reward_scale,
+            termination_switch=float(self.replay_buffer.has_terminated),
+        )
 
     def _replace_targets(self) -> None:
         """
@@ -562,57 +668,57 @@ class MRQ(OffPolicyAlgorithm):
         self.learner.replace_targets()
         self.target_reward_scale = self.reward_scale
         self.reward_scale = max(self.replay_buffer.mean_abs_reward(self._vec_normalize_env), 1e-8)
+        self._set_scalars()
 
-    def _update_encoder(self, samples: SubtrajectorySamples) -> None:
+    def _update_encoder(self, samples: SubtrajectorySamples) -> EncoderMetrics:
         """
         One encoder update.
 
         :param samples: a batch from the replay buffer
+        :return: the losses before it
         """
-        assert self.replay_buffer is not None
         obs = [self._preprocess(step) for step in unbind_time(samples.observations)]
-        metrics = self.learner.update_encoder(
+        return self.learner.update_encoder(
             obs[0],
             obs[1:],
             self.policy.actions.encode(samples.actions),
             samples.rewards,
             samples.terminated,
             samples.mask,
-            termination_switch=self._scalar(self.replay_buffer.has_terminated),
+            termination_switch=self._scalars["termination_switch"],
         )
-        self._encoder_metrics.append(metrics)
 
-    def _scalar(self, value: float) -> th.Tensor:
-        # A tensor, as compiled code would take a number for a constant
-        return th.full((), float(value), device=self.device)
-
-    def _update_value_and_policy(self, samples: NStepSamples) -> th.Tensor:
+    def _update_value_and_policy(self, samples: NStepSamples) -> tuple[th.Tensor, ValuePolicyMetrics]:
         """
         One value and one policy update.
 
         :param samples: a batch from the replay buffer
-        :return: new priorities, (B,)
+        :return: new priorities, (B,), and the losses before it
         """
-        priorities, metrics = self.learner.update_value_and_policy(
+        return self.learner.update_value_and_policy(
             self._preprocess(samples.observations),
             self.policy.actions.encode(samples.actions),
             samples.rewards,
             samples.terminated,
             samples.mask,
             self._preprocess(samples.next_observations),
-            self._scalar(self.reward_scale),
-            self._scalar(self.target_reward_scale),
+            self._scalars["reward_scale"],
+            self._scalars["target_reward_scale"],
             self.learner.sample_noise(len(samples.indices)),
         )
-        self._value_policy_metrics.append(metrics)
-        return priorities
 
-    def _record_means(self, metrics: list[Any]) -> None:
-        """Record the means of named tuples of 0-d tensors, after one transfer from the device, and forget them."""
-        means = th.stack([th.stack(entry) for entry in metrics]).mean(dim=0).tolist()
-        for name, mean in zip(metrics[0]._fields, means, strict=True):
+    def _record_means(self, metrics: MetricMeans) -> bool:
+        """
+        :param metrics: means to record
+        :return: whether there were any
+        """
+        means = metrics.take()
+        if self._device_training is not None and not np.isfinite(list(means.values())).all():
+            # On the host the replay buffer refuses the priorities
+            raise ValueError(f"Training has diverged: {means}.")
+        for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
-        metrics.clear()
+        return bool(means)
 
     def _log_encoder(self) -> None:
         """
@@ -620,7 +726,10 @@ class MRQ(OffPolicyAlgorithm):
         """
         assert self.replay_buffer is not None
         self._record_means(self._encoder_metrics)
-        samples = self.replay_buffer.sample_n_step(self.batch_size, env=self._vec_normalize_env)
+        if self._device_training is not None:
+            samples = self._device_training.replay.sample_n_step(self.batch_size)
+        else:
+            samples = self.replay_buffer.sample_n_step(self.batch_size, env=self._vec_normalize_env)
         self.policy.set_training_mode(False)
         with th.no_grad():
             z_s = self.encoder.state(self.policy.preprocess(samples.observations))
@@ -636,15 +745,14 @@ class MRQ(OffPolicyAlgorithm):
 
     def _log_value_and_policy(self) -> None:
         """Record what there is to know about the last value and policy updates."""
-        self._record_means(self._value_policy_metrics)
-        self.logger.record("train/actor_grad_norm", grad_norm(self.actor).item())
+        if self._record_means(self._value_policy_metrics):
+            self.logger.record("train/actor_grad_norm", grad_norm(self.actor).item())
 
     def dump_logs(self) -> None:
         """
         Write log data, that of the last updates included.
         """
-        if self._value_policy_metrics:
-            self._log_value_and_policy()
+        self._log_value_and_policy()
         super().dump_logs()
 
     def learn(
@@ -710,9 +818,22 @@ class MRQ(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
+        on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
         of_this_process = ["resumed_generators", "resumed_compiled", "stop_signals", "while_learning"]
-        metrics = ["_encoder_metrics", "_value_policy_metrics"]
-        return [*super()._excluded_save_params(), *networks, "learner", *metrics, *of_this_process]
+        return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
+
+    def get_parameters(self) -> dict[str, dict]:
+        """
+        Return the parameters of the agent. This includes parameters from different networks.
+
+        :return: Mapping of from names of the objects to PyTorch state-dicts.
+        """
+        parameters = super().get_parameters()
+        for name in self._get_torch_save_params()[0]:
+            if name.endswith("optimizer"):
+                # As they would be if training steps were not captured
+                restore_groups(parameters[name]["param_groups"], recursive_getattr(self, name))
+        return parameters
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]

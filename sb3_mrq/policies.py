@@ -268,7 +268,6 @@ class MRQPolicy(BasePolicy):
         actions, state = super().predict(observation, state, episode_start, deterministic)
         return np.asarray(actions, dtype=self.action_space.dtype), state
 
-    @th.no_grad()
     def explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
         """
         Act as where transitions are collected: with exploration noise.
@@ -279,7 +278,18 @@ class MRQPolicy(BasePolicy):
         :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
         """
         obs_tensor, _ = self.obs_to_tensor(observation)
-        return self.actions.explore(self.pre_activation(obs_tensor), noise).cpu().numpy()
+        return self.explore_tensor(obs_tensor, noise).cpu().numpy()
+
+    @th.no_grad()
+    def explore_tensor(self, observation: PyTorchObs, noise: float) -> th.Tensor:
+        """
+        As ``explore``, from tensors on the device to a tensor there.
+
+        :param observation: a batch of observations, (n_envs, ...)
+        :param noise: standard deviation of the exploration noise
+        :return: (n_envs, action_dim)
+        """
+        return self.actions.explore(self.pre_activation(observation), noise)
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

@@ -5,6 +5,7 @@ Sampling of indices in proportion to their priorities, cheaper than a pass over 
 from itertools import pairwise
 
 import numpy as np
+import torch as th
 
 
 class PriorityTree:
@@ -103,3 +104,62 @@ class PriorityTree:
             position = (mass - lower) / (upper - lower)
             nodes = nodes * self.FAN_OUT + child
         return nodes
+
+
+class DevicePriorities:
+    """
+    The same on a device, without work of the host: two levels, the priorities in rows and the sums of the rows.
+
+    :param capacity: number of indices, at least 1
+    :param device: where to
+    """
+
+    ROW = 1024
+
+    def __init__(self, capacity: int, device: th.device):
+        n_rows = -(-capacity // self.ROW)
+        self.rows = th.zeros((n_rows, self.ROW), dtype=th.float64, device=device)
+        self.sums = th.zeros(n_rows, dtype=th.float64, device=device)
+
+    def get(self, indices: th.Tensor) -> th.Tensor:
+        """
+        :param indices: (n,)
+        :return: their priorities, float64 (n,)
+        """
+        return self.rows.view(-1)[indices]
+
+    def set(self, indices: th.Tensor, priorities: th.Tensor) -> None:
+        """
+        :param indices: (n,), where one stands twice any one counts
+        :param priorities: finite, not negative, (n,)
+        """
+        self.rows.view(-1).index_put_((indices,), priorities.to(self.rows.dtype))
+        rows = indices // self.ROW
+        self.sums.index_put_((rows,), self.rows[rows].sum(dim=1))
+
+    def sample(self, n: int) -> th.Tensor:
+        """
+        Draw indices independently, each with probability proportional to its priority; there must be one above zero.
+
+        :param n: number of indices
+        :return: (n,)
+        """
+        position = th.rand(n, 1, dtype=th.float64, device=self.rows.device)
+        row, position = self._descend(self.sums[None], position)
+        column, _ = self._descend(self.rows[row[:, 0]], position)
+        return (row * self.ROW + column)[:, 0]
+
+    @staticmethod
+    def _descend(level: th.Tensor, position: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param level: priorities to choose from, (n, m), or (1, m) if they are the same for all
+        :param position: where in their sum, from 0 to 1, (n, 1)
+        :return: which one that is, and where in it, from 0 to 1, (n, 1) both
+        """
+        cumulative = level.cumsum(dim=1).expand(len(position), -1).contiguous()
+        total = cumulative[:, -1:]
+        mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
+        child = th.searchsorted(cumulative, mass, right=True)
+        upper = cumulative.gather(1, child)
+        lower = cumulative.gather(1, (child - 1).clamp_min(0)).where(child > 0, 0.0)
+        return child, (mass - lower) / (upper - lower)

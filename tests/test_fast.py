@@ -198,7 +198,7 @@ def test_falls_back_without_compiler(tmp_path):
 
 class TestModel:
     def test_arguments(self):
-        with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'bfloat16'"):
+        with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'tf32', 'bfloat16'"):
             MRQ("MlpPolicy", "Pendulum-v1", precision="half")
         with pytest.raises(ValueError, match="compile_updates is 'yes', but must be one of 'auto', True, False"):
             MRQ("MlpPolicy", "Pendulum-v1", compile_updates="yes")
@@ -206,6 +206,25 @@ class TestModel:
         assert model.learner.bfloat16 and model.learner.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         assert not model.learner.bfloat16 and not model.learner.compiled
+
+    def test_tf32(self, monkeypatch):
+        """For the updates alone, backward passes included."""
+        seen = []
+        model = MRQ("MlpPolicy", "Pendulum-v1", precision="tf32", **SMALL)
+        step, backward = model.learner._encoder_loss, th.Tensor.backward
+
+        def note(function):
+            def noted(*args, **kwargs):
+                seen.append(th.get_float32_matmul_precision())
+                return function(*args, **kwargs)
+
+            return noted
+
+        monkeypatch.setattr(model.learner, "_encoder_loss", note(step))
+        monkeypatch.setattr(th.Tensor, "backward", note(backward))
+        model.learn(22)
+        assert len(seen) == 2 * 250 + 2 * 2 and set(seen) == {"high"}
+        assert th.get_float32_matmul_precision() == "highest"
 
     @needs_compiler
     def test_automatic_choice(self, monkeypatch):

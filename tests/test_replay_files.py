@@ -311,7 +311,7 @@ def edited(data, edit):
     ("edit", "match"),
     [
         (lambda h: h["arrays"][-1][2].append(2), "type and shape"),
-        (lambda h: h["arrays"][-1].__setitem__(1, "<f8"), "type and shape"),
+        (lambda h: h["arrays"][-1].__setitem__(1, "<f4"), "type and shape"),
         (lambda h: h["arrays"].pop(), "arrays, not"),
         (lambda h: h.__setitem__("buffer_size", 30), "type and shape"),
         (lambda h: h.__setitem__("buffer_size", 2), "do not fit together"),

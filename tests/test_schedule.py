@@ -4,6 +4,7 @@ and a record of all calls of its learner.
 """
 
 import inspect
+from copy import deepcopy
 from types import SimpleNamespace
 from unittest import mock
 
@@ -103,7 +104,9 @@ def record(model):
         def wrapped(*args, **kwargs):
             bound = inspect.signature(method).bind(*args, **kwargs)
             bound.apply_defaults()
-            call = SimpleNamespace(kind=kind, k=model._n_updates, timestep=model.num_timesteps, arguments=bound.arguments)
+            # Some of the tensors are overwritten later
+            arguments = deepcopy(bound.arguments)
+            call = SimpleNamespace(kind=kind, k=model._n_updates, timestep=model.num_timesteps, arguments=arguments)
             call.probabilities_before = probabilities()
             call.result = method(*args, **kwargs)
             call.probabilities_after = probabilities()

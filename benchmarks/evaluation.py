@@ -1,0 +1,133 @@
+"""
+Evaluation during training, as the benchmarks do it: before the first step and every so many steps, returns to a CSV file.
+"""
+
+import csv
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, sync_envs_normalization
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+COLUMNS = ("env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds")
+
+
+def processor() -> str:
+    """
+    :return: name of the processor, as far as the system tells
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return names[0] if names else platform.processor()
+
+
+def versions() -> str:
+    """
+    :return: versions of Python and of the packages that results depend on
+    """
+    names = ("stable-baselines3", "torch", "gymnasium", "numpy")
+    return f"python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}"
+
+
+def machine(device: str | th.device) -> str:
+    """
+    :param device: that a model is on
+    :return: what it runs on
+    """
+    gpu = f", {th.cuda.get_device_name()}" if "cuda" in str(device) else ""
+    return f"{platform.machine()}, {th.get_num_threads()} threads of {processor()}, {device}{gpu}"
+
+
+class RandomActions(VecEnvWrapper):
+    """
+    Now and then a random action instead of the one given, as in evaluations on Atari.
+
+    :param venv: the environments
+    :param probability: of a random action, for each environment and step
+    :param seed: of both when and which
+    """
+
+    def __init__(self, venv: VecEnv, probability: float, seed: int):
+        super().__init__(venv)
+        self.probability = probability
+        self.random = np.random.default_rng(seed)
+        self.action_space.seed(seed)
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        actions = np.array(actions)
+        for i in np.flatnonzero(self.random.random(self.num_envs) < self.probability):
+            actions[i] = self.action_space.sample()
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        return self.venv.step_wait()
+
+
+class EvaluationCallback(BaseCallback):
+    """
+    Evaluate every so many steps and before the first one, append the returns to a CSV file, and stop where the task is solved.
+
+    :param env: evaluation environments
+    :param path: CSV file; its heading is written where it does not exist
+    :param freq: steps between two evaluations
+    :param n_episodes: episodes of an evaluation
+    :param task: value of the first column
+    :param until: mean return at which to stop, None for never
+    """
+
+    def __init__(self, env: VecEnv, path: Path, freq: int, n_episodes: int, task: str, until: float | None = None):
+        super().__init__()
+        self.env = env
+        self.path = path
+        self.freq = freq
+        self.n_episodes = n_episodes
+        self.task = task
+        self.until = until
+
+    def _on_training_start(self) -> None:
+        self.start = time.monotonic()
+        self.next_evaluation = 0
+        self._evaluate_if_due()
+
+    def _evaluate_if_due(self) -> bool:
+        if self.num_timesteps < self.next_evaluation:
+            return True
+        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+        started = time.monotonic()
+        vec_normalize = self.model.get_vec_normalize_env()
+        if vec_normalize is not None:
+            sync_envs_normalization(vec_normalize, self.env)
+        returns, lengths = evaluate_policy(self.model, self.env, self.n_episodes, return_episode_rewards=True)
+        row = (
+            self.task,
+            self.num_timesteps,
+            self.model.seed,
+            f"{np.mean(returns):.2f}",
+            f"{np.std(returns):.2f}",
+            f"{np.mean(lengths):.1f}",
+            round(started - self.start),
+        )
+        begins = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if begins:
+                writer.writerow(COLUMNS)
+            writer.writerow(row)
+        # The time of evaluations is not that of training
+        self.start += time.monotonic() - started
+        print(f"{self.task} seed {self.model.seed} step {self.num_timesteps}: return {row[3]} +- {row[4]}", flush=True)
+        return self.until is None or float(np.mean(returns)) < self.until
+
+    def _on_step(self) -> bool:
+        return self._evaluate_if_due()

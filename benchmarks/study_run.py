@@ -1,0 +1,63 @@
+"""
+One run of ``benchmarks.study``: rl-zoo3's training script, with the benchmarks' evaluations in place of its own.
+
+    python -m benchmarks.study_run <folder> <steps between evaluations> <episodes of one> <arguments of sb3-mrq train>
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import rl_zoo3.train
+from rl_zoo3.exp_manager import ExperimentManager
+
+from benchmarks.evaluation import EvaluationCallback, RandomActions, machine, versions
+from sb3_mrq.zoo.cli import run
+from sb3_mrq.zoo.exp_manager import MRQExperimentManager
+
+# Section 5 of the paper's appendix: now and then, on Atari
+RANDOM_ACTIONS = 0.001
+
+
+class StudyManager(MRQExperimentManager):
+    """
+    Adds the evaluations, and writes down what the results depend on when training has ended.
+    """
+
+    folder: Path
+    evaluation_freq: int
+    evaluation_episodes: int
+
+    def create_callbacks(self) -> None:
+        super().create_callbacks()
+        env = self.create_envs(1, eval_env=True)
+        env.seed(self.seed + 1000)
+        if ExperimentManager.is_atari(self.env_name.gym_id):
+            env = RandomActions(env, RANDOM_ACTIONS, self.seed)
+        self.callbacks.append(
+            EvaluationCallback(
+                env,
+                self.folder / "evaluations.csv",
+                self.evaluation_freq,
+                self.evaluation_episodes,
+                self.env_name.gym_id,
+            )
+        )
+
+    def save_trained_model(self, model) -> None:
+        super().save_trained_model(model)
+        record = {"versions": versions(), "machine": machine(model.device), "command": sys.argv}
+        (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def main() -> None:
+    folder, freq, episodes, *arguments = sys.argv[1:]
+    StudyManager.folder = Path(folder)
+    StudyManager.evaluation_freq = int(freq)
+    StudyManager.evaluation_episodes = int(episodes)
+    rl_zoo3.train.ExperimentManager = StudyManager  # type: ignore[misc]
+    run("train", arguments)
+
+
+if __name__ == "__main__":
+    main()

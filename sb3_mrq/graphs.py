@@ -1,0 +1,156 @@
+"""
+Functions recorded once as CUDA graphs and replayed, so that the host has nothing to do but start them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+
+
+class CaptureError(RuntimeError):
+    """
+    A function cannot be captured as a graph. Nothing of what it does has been done.
+    """
+
+
+class Graph:
+    """
+    A function of no arguments that works on tensors which stay where they are. On a CUDA device its first calls run as they
+    are, on a stream of their own; one is then captured, and from there on all calls replay what was captured. On other devices
+    every call runs as it is.
+
+    What a graph has captured knows nothing of numbers or tensors that change their place: a learning rate must be a tensor, a
+    loaded optimiser needs a new graph. See ``watch``.
+
+    :param function: what to capture. It must not wait for the device. Its outputs are tensors, or nested tuples of them, that
+        the next call overwrites.
+    :param device: where its tensors are
+    :param watch: what must stay as it was when the function was captured, anything that compares: where it differs, ``check``
+        throws the graph away
+    :raises CaptureError: when called, if the function cannot be captured
+    """
+
+    # Calls that run as they are before one is captured: libraries set themselves up, and optimisers make their state
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[[], Any], device: th.device, watch: Callable[[], Any] = lambda: None):
+        self.function = function
+        self.device = device
+        self.watch = watch
+        self.reset()
+
+    def reset(self) -> None:
+        """Throw the graph away, if there is one, and begin anew."""
+        self._calls = 0
+        self._replay: Callable[[], None] | None = None
+        self._outputs: Any = None
+        self._watched: Any = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay what was captured."""
+        return self._replay is not None
+
+    def check(self) -> bool:
+        """
+        :return: whether what was captured is still right, if something was; otherwise it is thrown away
+        """
+        if self._replay is None or self._watched == self.watch():
+            return True
+        self.reset()
+        return False
+
+    def __call__(self) -> Any:
+        if self._replay is None:
+            if self._calls < self.WARM_UP or not self.can_capture(self.device):
+                self._calls += 1
+                return self._run()
+            try:
+                self._replay, self._outputs = self.capture(self.function)
+            except Exception as error:
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
+            self._watched = self.watch()
+        self._replay()
+        return self._outputs
+
+    def _run(self) -> Any:
+        if self.device.type != "cuda":
+            return self.function()
+        # Work that is captured later must not have run on the default stream
+        stream = th.cuda.Stream(self.device)
+        stream.wait_stream(th.cuda.current_stream(self.device))
+        with th.cuda.stream(stream):
+            outputs = self.function()
+        th.cuda.current_stream(self.device).wait_stream(stream)
+        return outputs
+
+    @staticmethod
+    def can_capture(device: th.device) -> bool:
+        """
+        :param device: a device
+        :return: whether graphs can be captured on it
+        """
+        return device.type == "cuda"
+
+    @staticmethod
+    def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """
+        Record a function, without doing what it does.
+
+        :param function: as in the constructor
+        :return: what replays it, and its outputs
+        """
+        graph = th.cuda.CUDAGraph()
+        # Other threads, of a hyperparameter search for instance, may go on with what they do on the device
+        with th.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = function()
+        return graph.replay, outputs
+
+
+class Staging:
+    """
+    The way of small arrays from the host to a device, all of them in one copy: a few buffers in pinned memory, used in turn,
+    each with one array beside the other, and the arrays' counterparts on the device.
+
+    :param arrays: shape and dtype of each array, by name
+    :param device: where to
+    """
+
+    # Buffers in pinned memory: while the device reads one, the next is filled
+    DEPTH = 4
+    ALIGNMENT = 16
+
+    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], th.dtype]], device: th.device):
+        self._cuda = device.type == "cuda"
+        self._layout: dict[str, tuple[int, int, tuple[int, ...], th.dtype]] = {}
+        size = 0
+        for name, (shape, dtype) in arrays.items():
+            n_bytes = th.Size(shape).numel() * dtype.itemsize
+            self._layout[name] = size, size + n_bytes, shape, dtype
+            size += -(-n_bytes // self.ALIGNMENT) * self.ALIGNMENT
+        self._target = th.zeros(size, dtype=th.uint8, device=device)
+        self._sources = [th.zeros(size, dtype=th.uint8, pin_memory=self._cuda) for _ in range(self.DEPTH)]
+        self._host = [{name: tensor.numpy() for name, tensor in self._views(source).items()} for source in self._sources]
+        self._sent: list[Any] = [None] * self.DEPTH
+        self._turn = 0
+        self.device_arrays = self._views(self._target)
+
+    def _views(self, flat: th.Tensor) -> dict[str, th.Tensor]:
+        return {name: flat[start:end].view(dtype).view(shape) for name, (start, end, shape, dtype) in self._layout.items()}
+
+    def begin(self) -> dict[str, Any]:
+        """
+        :return: the arrays to fill, of the buffer whose turn it is, once the device has read what they held before
+        """
+        sent = self._sent[self._turn]
+        if sent is not None:
+            sent.synchronize()
+        return self._host[self._turn]
+
+    def send(self) -> None:
+        """Copy what was filled to ``device_arrays``, after all work that was given to the device before."""
+        self._target.copy_(self._sources[self._turn], non_blocking=True)
+        if self._cuda:
+            self._sent[self._turn] = th.cuda.current_stream(self._target.device).record_event()
+        self._turn = (self._turn + 1) % self.DEPTH

@@ -1,0 +1,120 @@
+"""
+The benchmarks run and report what they say they do. Nothing is asserted on time: machines differ, and are busy.
+"""
+
+import csv
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch as th
+
+from benchmarks import learning, memory, speed
+from benchmarks.plain import Plain
+from sb3_mrq import MRQ
+from sb3_mrq.losses import n_step_return
+
+
+def numbers(figures):
+    """All numbers of nested dictionaries."""
+    return [x for value in figures.values() for x in (numbers(value) if isinstance(value, dict) else [value])]
+
+
+def test_speed(tmp_path, capsys, monkeypatch):
+    # Compiling takes longer than everything else, and has tests of its own
+    monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, give_up: function)
+    out = tmp_path / "speed.json"
+    # and so does training with the default intervals
+    monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5))
+    monkeypatch.setattr(speed, "TRAIN_WARM_UP", 2)
+    arguments = "--seconds 0.02 --large 4000 --small 2000 --train Pendulum-v1 --train-steps 5 --out"
+    speed.main([*arguments.split(), str(out)])
+    figures = json.loads(out.read_text())
+    # Section 12 of the specification: 11.5 and 8 GFLOP
+    assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5, rel=0.01)
+    assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8, rel=0.01)
+    measured = {key: figures[key] for key in ("memory", "sampling", "update", "acting", "loop", "training")}
+    assert all(math.isfinite(x) for x in numbers(measured))
+    del measured["memory"]  # of so small a buffer, the pages of a process come and go
+    assert all(x > 0 for x in numbers(measured))
+    table = capsys.readouterr().out
+    for text in ("update, bfloat16, compiled / floor", "sampling", "memory", "acting / TD3", "loop, 8 environments"):
+        assert text in table
+
+
+def test_memory(tmp_path):
+    out = tmp_path / "memory.json"
+    memory.main(["Pendulum-v1", "--size", "3000", "--further", "100", "--recorded", "250", "--out", str(out)])
+    figures = json.loads(out.read_text())
+    assert 2900 < figures["transitions"] < 3000
+    assert 0 <= figures["buffer_gb"] < 0.05
+
+
+def test_learning(tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5))
+    arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --precision bfloat16 --out"
+    learning.main([*arguments.split(), str(tmp_path)])
+    lines = (tmp_path / "mrq-Pendulum-v1-bfloat16-seed3.csv").read_text().splitlines()
+    assert [line for line in lines if line.startswith("# command: python -m benchmarks.learning Pendulum-v1 --seed 3")]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert [row["timesteps"] for row in rows] == ["0", "55", "110"]
+    assert all(-2000 < float(row["return_mean"]) < 0 and float(row["length_mean"]) == 200 for row in rows)
+
+
+def test_plain_implementation_computes_the_same():
+    """What speed is measured against does the same work: with the same weights its losses are those of the package."""
+    model = MRQ("MlpPolicy", speed.NoiseEnv(), learning_starts=500, seed=0, device="cpu", compile_updates=False)
+    with pytest.warns(UserWarning, match="Nothing will be learned"):
+        model.learn(300)
+    plain = Plain(17, 6)
+    copy_weights(model, plain)
+    samples, n_step = model.replay_buffer.sample(64), model.replay_buffer.sample_n_step(64)
+    # There is no switch of the termination term in it
+    model._scalars.set(reward_scale=1.0, target_reward_scale=0.0, termination_switch=1.0)
+    loss = plain.update_encoder(samples.observations, samples.actions, samples.rewards, samples.terminated, samples.mask)
+    assert loss == pytest.approx(float(model._update_encoder(samples).encoder_loss), rel=1e-4)
+
+    copy_weights(model, plain)
+    th.manual_seed(0)
+    noise = model.learner.sample_noise(64).target_normal
+    returns, discount = n_step_return(n_step.rewards, n_step.terminated, n_step.mask, 0.99)
+    losses = plain.update_value_and_policy(
+        n_step.observations, n_step.actions, returns, discount, n_step.next_observations, 1.0, 0.0, noise
+    )
+    th.manual_seed(0)
+    _, metrics = model._update_value_and_policy(n_step)
+    np.testing.assert_allclose(losses, [float(metrics.critic_loss), float(metrics.actor_loss)], rtol=1e-3)
+
+
+def copy_weights(model, plain):
+    """From the package's networks to those of the plain implementation, targets included."""
+
+    def linear(layer, weight, bias):
+        with th.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+
+    def layers(network):
+        return [layer for layer in network.modules() if isinstance(layer, th.nn.Linear)]
+
+    for suffix in ("", "_target"):
+        encoder, ours = getattr(plain, f"encoder{suffix}"), getattr(model, f"encoder{suffix}")
+        for layer, source in zip(layers(encoder.f), layers(ours.state), strict=True):
+            linear(layer, source.weight, source.bias)
+        g = ours.state_action
+        linear(encoder.action, g.action_embedding[0].weight, g.action_embedding[0].bias)
+        linear(encoder.g.first, th.cat([g.state_input.weight, g.action_input.weight], dim=1), g.state_input.bias)
+        for layer, source in zip((encoder.g.second, encoder.g.last), layers(g.layers), strict=True):
+            linear(layer, source.weight, source.bias)
+        linear(encoder.m, ours.predictor.linear.weight, ours.predictor.linear.bias)
+        heads = getattr(model, f"critic{suffix}").layers
+        ensembles = [layer for layer in heads if hasattr(layer, "weight")]
+        for k, head in enumerate(getattr(plain, f"critic{suffix}").heads):
+            for layer, source in zip(layers(head), ensembles, strict=True):
+                linear(layer, source.weight[k].T, source.bias[k, 0])
+        for layer, source in zip(
+            layers(getattr(plain, f"actor{suffix}")), layers(getattr(model, f"actor{suffix}")), strict=True
+        ):
+            linear(layer, source.weight, source.bias)

@@ -1,0 +1,576 @@
+"""
+Training on the device: the replay buffer's copy there, captured training steps, and the way back where they fail.
+
+Graphs are CUDA graphs where there is a GPU. They are also played by recorded_graph.py, which shares what makes them dangerous:
+numbers are those of the first time, tensors stay where they were, and nothing can be read from the device.
+"""
+
+import warnings
+from copy import deepcopy
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import recorded_graph
+import torch as th
+from envs import TINY, TINY_POLICY, SpaceEnv, policy_for
+from gymnasium import spaces
+from helpers import NETWORKS, TARGETS
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from test_buffer import assert_frequencies
+
+from sb3_mrq import MRQ
+from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.graphs import CaptureError, Graph, Staging
+from sb3_mrq.priorities import DevicePriorities
+
+CPU = th.device("cpu")
+BOX = spaces.Box(-1, 1, (2,), np.float32)
+VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+STACK = spaces.Box(0, 255, (3, 8, 8), np.uint8)
+OBSERVATIONS = {
+    "vector": VECTOR,
+    "stack": STACK,
+    "dict": spaces.Dict({"image": STACK, "vector": VECTOR, "count": spaces.Discrete(4)}),
+}
+
+needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+def equal(first, second):
+    """Whether two samples hold the same."""
+    pairs = zip(first, second, strict=True)
+    return all(equal(a.values(), b.values()) if isinstance(a, dict) else np.array_equal(host(a), host(b)) for a, b in pairs)
+
+
+def host(array):
+    return array.cpu().numpy() if isinstance(array, th.Tensor) else array
+
+
+class TestPriorities:
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_draws_follow_the_priorities(self, device):
+        th.manual_seed(0)
+        n = 3 * DevicePriorities.ROW + 100
+        priorities = DevicePriorities(n, th.device(device))
+        weights = th.zeros(n, dtype=th.float64)
+        some = th.randperm(n)[:200]
+        weights[some] = th.rand(200, dtype=th.float64) + 0.5
+        priorities.set(th.arange(n, device=device), weights.to(device))
+        draws = np.concatenate([priorities.sample(1000).cpu().numpy() for _ in range(30)])
+        assert_frequencies(draws, (weights / weights.sum()).numpy())
+
+    def test_changes(self):
+        priorities = DevicePriorities(2000, CPU)
+        priorities.set(th.tensor([3, 1500]), th.tensor([1.0, 2.0]))
+        assert set(priorities.sample(100).tolist()) == {3, 1500}
+        priorities.set(th.tensor([3]), th.tensor([0.0]))
+        assert set(priorities.sample(100).tolist()) == {1500}
+        # Tiny ones are not lost beside a large one that was there before
+        priorities.set(th.tensor([1500, 7]), th.tensor([1e20, 1e-20]))
+        priorities.set(th.tensor([1500]), th.tensor([0.0]))
+        assert set(priorities.sample(100).tolist()) == {7}
+        assert priorities.get(th.tensor([7, 3])).tolist() == [float(np.float32(1e-20)), 0]
+
+
+class TestStaging:
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_arrays_arrive(self, device):
+        staging = Staging({"a": ((3,), th.int64), None: ((2, 2), th.uint8), "b": ((1, 3), th.float32)}, th.device(device))
+        for k in range(3 * Staging.DEPTH):
+            slots = staging.begin()
+            slots["a"][:] = k
+            slots[None][:] = [[k, 1], [2, 3]]
+            slots["b"][:] = k / 2
+            staging.send()
+            arrays = staging.device_arrays
+            assert arrays["a"].tolist() == [k] * 3
+            assert arrays[None].tolist() == [[k, 1], [2, 3]]
+            assert arrays["b"].tolist() == [[k / 2] * 3]
+
+    def test_waits_for_the_copy_before(self):
+        """A buffer is filled again only after the copy out of it has ended."""
+        staging = Staging({"a": ((1,), th.int64)}, CPU)
+        waited = []
+        staging._sent = [SimpleNamespace(synchronize=lambda k=k: waited.append(k)) for k in range(Staging.DEPTH)]
+        for _ in range(Staging.DEPTH + 1):
+            staging.begin()
+            staging.send()
+        assert waited == [*range(Staging.DEPTH), 0]
+
+    @needs_gpu
+    def test_copies_that_are_late(self):
+        """What was filled arrives although the device is far behind."""
+        device = th.device("cuda")
+        staging = Staging({"a": ((1000,), th.int64)}, device)
+        arrived = []
+        for k in range(50):
+            th.cuda._sleep(1_000_000)
+            staging.begin()["a"][:] = k
+            staging.send()
+            arrived.append(staging.device_arrays["a"].clone())
+        assert [tensor.unique().tolist() for tensor in arrived] == [[k] for k in range(50)]
+
+
+class Episodes:
+    """Transitions of several environments at once, episodes of random lengths and ends, image stacks of random frames."""
+
+    def __init__(self, space, n_envs, zero_filled, seed):
+        self.space, self.n_envs, self.zero_filled = space, n_envs, zero_filled
+        self.random = np.random.default_rng(seed)
+        space.seed(seed)
+        self.obs = [self.first() for _ in range(n_envs)]
+
+    def first(self):
+        return self.map(self.space, None, self.begin)
+
+    def map(self, space, obs, function):
+        if isinstance(space, spaces.Dict):
+            return {key: function(part, None if obs is None else obs[key]) for key, part in space.spaces.items()}
+        return function(space, obs)
+
+    def begin(self, space, _):
+        if space.shape == STACK.shape:
+            frame = self.random.integers(1, 255, (1, 8, 8), dtype=np.uint8)
+            older = np.zeros_like(frame) if self.zero_filled else frame
+            return np.concatenate([older, older, frame])
+        return space.sample()
+
+    def go_on(self, space, obs):
+        if space.shape == STACK.shape:
+            return np.concatenate([obs[1:], self.random.integers(1, 255, (1, 8, 8), dtype=np.uint8)])
+        return space.sample()
+
+    def stack(self, obs):
+        if isinstance(self.space, spaces.Dict):
+            return {key: np.stack([o[key] for o in obs]) for key in self.space.spaces}
+        return np.stack(obs)
+
+    def step(self):
+        """Arguments of the next ``add``."""
+        next_obs = [self.map(self.space, obs, self.go_on) for obs in self.obs]
+        done = self.random.random(self.n_envs) < 0.15
+        truncated = self.random.random(self.n_envs) < 0.5
+        arguments = (
+            self.stack(self.obs),
+            self.stack(next_obs),
+            self.random.uniform(-1, 1, (self.n_envs, 2)),
+            self.random.normal(size=self.n_envs).astype(np.float32),
+            done,
+            [{"TimeLimit.truncated": bool(t)} for t in truncated],
+        )
+        # Some are reset in the middle of an episode
+        again = done | (self.random.random(self.n_envs) < 0.03)
+        self.obs = [self.first() if a else obs for a, obs in zip(again, next_obs, strict=True)]
+        return arguments
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("zero_filled", [True, False], ids=["zeros", "copies"])
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("kind", OBSERVATIONS)
+def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
+    """After any adds and new priorities, rings that wrap included, the copy gives what the buffer gives."""
+    space = deepcopy(OBSERVATIONS[kind])
+    buffer, twin = (
+        SubtrajectoryReplayBuffer(60 * n_envs, space, BOX, device="cpu", n_envs=n_envs, horizon=4, n_steps=3) for _ in range(2)
+    )
+    episodes = Episodes(space, n_envs, zero_filled, seed=n_envs)
+    random = np.random.default_rng(0)
+    mirror = None
+    for k in range(400):
+        arguments = episodes.step()
+        buffer.add(*arguments)
+        twin.add(*arguments)
+        if k < 5 or random.random() < 0.7:
+            continue
+        if mirror is not None:
+            assert buffer.mirror(th.device(device)) is mirror
+        mirror = buffer.mirror(th.device(device))
+        mirror.flush()
+        # The first time after a bulk copy, then after copies of what has changed
+        indices, probabilities = twin.sampling_probabilities()
+        on_device = th.from_numpy(indices).to(device)
+        assert equal(mirror.get_subtrajectories(on_device), twin.get_subtrajectories(indices))
+        assert equal(mirror.get_n_step(on_device), twin.get_n_step(indices))
+        ours = mirror.priorities.get(th.arange(60 * n_envs, device=device)).cpu().numpy()
+        assert np.array_equal(np.flatnonzero(ours), indices)
+        np.testing.assert_allclose(ours[indices] / ours.sum(), probabilities, rtol=1e-12)
+        # Drawn from there, and with new priorities as of training
+        samples = mirror.sample_n_step(8)
+        drawn = samples.indices.cpu().numpy()
+        assert np.isin(drawn, indices).all()
+        some = np.unique(drawn)
+        new = random.uniform(0.2, 3, len(some)).astype(np.float32)
+        mirror.update_priorities(th.from_numpy(some).to(device), th.from_numpy(new).to(device))
+        twin.update_priorities(some, new)
+        if random.random() < 0.3:
+            # What is asked of the buffer comes from there
+            np.testing.assert_allclose(buffer.sampling_probabilities()[1], twin.sampling_probabilities()[1], rtol=1e-12)
+            assert buffer.max_priority == twin.max_priority
+        if random.random() < 0.3:
+            # and what it is told arrives there
+            for each in (buffer, twin):
+                each.update_priorities(some, new + 1)
+    assert buffer.full and mirror is not None
+    buffer.drop_mirror()
+    np.testing.assert_allclose(buffer.sampling_probabilities()[1], twin.sampling_probabilities()[1], rtol=1e-12)
+
+
+def test_new_copy_where_the_buffer_begins_anew():
+    buffer = SubtrajectoryReplayBuffer(60, VECTOR, BOX, device="cpu")
+    episodes = Episodes(VECTOR, 1, True, seed=0)
+    for _ in range(20):
+        buffer.add(*episodes.step())
+    mirror = buffer.mirror(CPU)
+    assert buffer.mirror(CPU) is mirror
+    buffer.reset()
+    for _ in range(20):
+        buffer.add(*episodes.step())
+    other = buffer.mirror(CPU)
+    assert other is not mirror
+    indices, _ = buffer.sampling_probabilities()
+    assert equal(other.get_subtrajectories(th.from_numpy(indices)), buffer.get_subtrajectories(indices))
+
+
+class TestGraph:
+    @pytest.fixture(params=["recorded", pytest.param("cuda", marks=needs_gpu)])
+    def device(self, request, monkeypatch):
+        if request.param == "recorded":
+            monkeypatch.setattr(Graph, "can_capture", staticmethod(lambda device: True))
+            monkeypatch.setattr(Graph, "capture", staticmethod(recorded_graph.capture))
+        return th.device("cpu" if request.param == "recorded" else "cuda")
+
+    def test_every_call_counts_once(self, device):
+        total, step = (th.zeros((), device=device) for _ in range(2))
+        calls = []
+
+        def function():
+            calls.append(1)
+            total.add_(step)
+            return total * 2
+
+        graph = Graph(function, device)
+        for k in range(10):
+            step.fill_(k)
+            assert float(graph()) == 2 * sum(range(k + 1))
+        # Those before the graph is captured, and the one that is
+        assert len(calls) == Graph.WARM_UP + 1 and graph.captured
+
+    def test_numbers_are_constants(self, device):
+        """The danger itself: if this fails the tests below prove nothing."""
+        number = [1.0]
+        total = th.zeros((), device=device)
+        graph = Graph(lambda: total.add_(number[0]), device)
+        for _ in range(Graph.WARM_UP + 1):
+            graph()
+        number[0] = 100.0
+        graph()
+        assert float(total) == Graph.WARM_UP + 2
+
+    def test_watch(self, device):
+        place = [th.zeros((), device=device)]
+        graph = Graph(lambda: place[0].add_(1), device, lambda: place[0].data_ptr())
+        for _ in range(6):
+            graph()
+            assert graph.check()
+        place[0] = th.zeros((), device=device)
+        assert not graph.check() and not graph.captured
+        for _ in range(6):
+            graph()
+        assert float(place[0]) == 6
+
+    def test_cannot_be_captured(self, device):
+        total = th.zeros((), device=device)
+        graph = Graph(lambda: total.add_(float(total) + 1), device)
+        with pytest.raises(CaptureError, match="captur"):
+            for _ in range(10):
+                graph()
+        assert float(total) == 2**Graph.WARM_UP - 1
+
+
+class LateEnd(SpaceEnv):
+    """Rewards grow; the first episode to terminate is not the first one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = 0
+
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        self.steps += 1
+        terminated = self.steps > 60 and self.steps % 7 == 0
+        return obs, reward * (1 + self.steps / 20), terminated, truncated, info
+
+
+class ReadingExtractor(FlattenExtractor):
+    """Works, but waits for the device."""
+
+    def forward(self, observations):
+        return super().forward(observations) * (1.0 if float(observations.sum()) > -1e9 else 0.0)
+
+
+class TestTraining:
+    """Captured training steps against the same ones run as they are."""
+
+    @pytest.fixture(params=["recorded", pytest.param("cuda", marks=needs_gpu)])
+    def device(self, request, monkeypatch):
+        self.captures = []
+        capture = recorded_graph.capture if request.param == "recorded" else Graph.capture
+        if request.param == "recorded":
+            monkeypatch.setattr(Graph, "can_capture", staticmethod(lambda device: True))
+            # Compiled code is recorded as little as torch's compiler is on this test's mind
+            monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, give_up: function)
+
+        def counted(function):
+            if function.__name__ != "_write_staged":
+                self.captures.append(function.__name__)
+            return capture(function)
+
+        monkeypatch.setattr(Graph, "capture", staticmethod(counted))
+        return "cpu" if request.param == "recorded" else "cuda"
+
+    def make(self, device, space=VECTOR, action_space=BOX, env=None, **kwargs):
+        env = LateEnd(space, action_space, length=9) if env is None else env
+        policy_kwargs = {**TINY_POLICY, **kwargs.pop("policy_kwargs", {})}
+        arguments = {**TINY, "device": device, "compile_updates": True, **kwargs}
+        return MRQ(policy_for(space), env, policy_kwargs=policy_kwargs, **arguments)
+
+    def uncaptured(self, *args, **kwargs):
+        """The same training steps on the device, none of them captured."""
+        model = self.make(*args, **kwargs)
+        prepare = model._prepare_capturing
+
+        def prepare_without(batch_size):
+            prepare(batch_size)
+            training = model._device_training
+            for graph in (training._encoder, training._value, training._act, training.replay._write):
+                graph.WARM_UP = 10**9
+
+        model._prepare_capturing = prepare_without
+        return model
+
+    def assert_same(self, model, other):
+        for name in (*NETWORKS, *TARGETS):
+            for ours, theirs in zip(getattr(model, name).parameters(), getattr(other, name).parameters(), strict=True):
+                np.testing.assert_allclose(host(ours.detach()), host(theirs.detach()), rtol=1e-4, atol=1e-4)
+        assert model.reward_scale == pytest.approx(other.reward_scale)
+        np.testing.assert_allclose(
+            model.replay_buffer.sampling_probabilities()[1], other.replay_buffer.sampling_probabilities()[1], rtol=2e-3
+        )
+        assert model.replay_buffer.max_priority == pytest.approx(other.replay_buffer.max_priority, rel=1e-4)
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_500_updates(self, device, precision):
+        """
+        With target replacements, falling learning rates, a termination term that comes in late, growing reward scales and
+        priorities: all that a graph would take for constants.
+        """
+        settings = dict(
+            precision=precision,
+            target_update_interval=50,
+            learning_rate=lambda left: 1e-3 * left,
+            encoder_learning_rate=lambda left: 5e-4 * left,
+        )
+        models = [make(device, **settings) for make in (self.make, self.uncaptured)]
+        start = [p.detach().clone() for p in models[0].policy.parameters()]
+        for model in models:
+            th.manual_seed(1)
+            model.learn(510)
+            assert model._n_updates == 500 and model.replay_buffer.has_terminated
+            assert model.max_grad_norm == 20
+        assert sorted(self.captures) == ["_act_step", "_encoder_step", "_value_step"]
+        self.assert_same(*models)
+        assert any((p - s).abs().max() > 1e-2 for p, s in zip(models[0].policy.parameters(), start, strict=True))
+        assert models[0].replay_buffer.max_priority > 1
+        assert float(models[0].actor.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 510 / 510), abs=1e-5)
+
+    def test_host_and_device_agree(self, device, monkeypatch):
+        """The same draws given, training from the host's buffer gives the same weights."""
+        models = [self.make(device), self.make(device, compile_updates=False)]
+        buffer = models[1].replay_buffer
+
+        def draw(batch_size):
+            mirror = buffer.mirror(th.device(device))
+            mirror.flush()
+            return mirror.priorities.sample(batch_size).cpu().numpy()
+
+        monkeypatch.setattr(buffer, "_draw", draw)
+        for model in models:
+            th.manual_seed(1)
+            model.learn(60)
+            model._log_encoder()
+        self.assert_same(*models)
+
+    @pytest.mark.parametrize(
+        "kind, actions", [("stack", spaces.Discrete(3)), ("dict", BOX), ("vector", spaces.MultiBinary(2))]
+    )
+    def test_spaces(self, device, kind, actions):
+        space = OBSERVATIONS[kind]
+        if kind != "vector":
+            image = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+            space = image if kind == "stack" else spaces.Dict({"image": image, "vector": VECTOR})
+        models = [make(device, space, actions, batch_size=4) for make in (self.make, self.uncaptured)]
+        for model in models:
+            th.manual_seed(1)
+            model.learn(30)
+            assert model._n_updates == 20
+        assert len(self.captures) == 3
+        self.assert_same(*models)
+
+    def test_several_environments(self, device):
+        def vec_env():
+            return DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9) for _ in range(3)])
+
+        models = [make(device, env=vec_env()) for make in (self.make, self.uncaptured)]
+        for model in models:
+            th.manual_seed(1)
+            model.learn(90)
+        assert len(self.captures) == 3
+        self.assert_same(*models)
+
+    @pytest.mark.parametrize("change", ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "buffer"])
+    def test_changes_from_outside(self, device, change, tmp_path):
+        """A graph goes on with what was set, not with what it was captured with."""
+        models = [make(device) for make in (self.make, self.uncaptured)]
+        other = self.make(device, seed=5, compile_updates=False)
+        other.learn(40)
+        parameters = other.get_parameters()
+        other.save_replay_buffer(tmp_path / "buffer")
+        for model in models:
+            th.manual_seed(1)
+            model.learn(60)
+            if change == "set_parameters":
+                model.set_parameters(deepcopy(parameters))
+            elif change == "optimizer":
+                model.critic.optimizer.load_state_dict(deepcopy(parameters["critic.optimizer"]))
+                model.critic.optimizer.param_groups[0]["weight_decay"] = 0.5
+            elif change == "learning_rate":
+                model.lr_schedule = lambda _: 1e-2
+            elif change == "exploration_noise":
+                model.exploration_noise = 0.0
+            else:
+                model.load_replay_buffer(tmp_path / "buffer")
+            th.manual_seed(2)
+            np.random.seed(2)
+            model.action_space.seed(2)
+            model.learn(40, reset_num_timesteps=False)
+        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 4, "buffer": 5}
+        self.assert_same(*models)
+        assert len(self.captures) == expected[change], self.captures
+
+    def test_losses_are_logged(self, device):
+        logs = []
+        for make in (self.make, self.uncaptured):
+            model = make(device)
+            model.learn(60)
+            model._log_value_and_policy()
+            logs.append({key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")})
+        assert {"train/encoder_loss", "train/critic_loss", "train/actor_grad_norm", "train/learning_rate"} <= logs[0].keys()
+        assert logs[0].keys() == logs[1].keys()
+        for key, value in logs[0].items():
+            assert value == pytest.approx(logs[1][key], rel=1e-3), key
+
+    def test_save_and_load(self, device, tmp_path):
+        model = self.make(device)
+        model.learn(60)
+        model.save(tmp_path / "model")
+        for name in NETWORKS:
+            optimizer = model.get_parameters()[f"{name}.optimizer"]
+            assert all(isinstance(group["lr"], float) and not group["capturable"] for group in optimizer["param_groups"])
+        eager = MRQ.load(tmp_path / "model", env=LateEnd(length=9), device=device, compile_updates=False)
+        for name, value in model.policy.state_dict().items():
+            assert th.equal(eager.policy.state_dict()[name], value)
+        eager.learn(30)
+        assert not eager._may_capture
+        eager.save(tmp_path / "eager")
+        again = MRQ.load(tmp_path / "eager", env=LateEnd(length=9), device=device, compile_updates=True)
+        self.captures.clear()
+        again.learn(60)
+        assert len(self.captures) == 3
+
+    def test_buffer_saved_while_training(self, device, tmp_path):
+        model = self.make(device)
+        model.learn(60)
+        model.save_replay_buffer(tmp_path / "buffer")
+        probabilities = model.replay_buffer.sampling_probabilities()
+        assert len(set(probabilities[1])) > 3
+        other = self.make(device, compile_updates=False)
+        other.load_replay_buffer(tmp_path / "buffer")
+        for ours, theirs in zip(probabilities, other.replay_buffer.sampling_probabilities(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert other.replay_buffer.max_priority == model.replay_buffer.max_priority
+
+    def fails_once(self, model, message, steps=60):
+        """Trains all the same, after one warning."""
+        with pytest.warns(UserWarning, match=message) as record:
+            model.learn(steps)
+        assert len([w for w in record if "captured" in str(w.message)]) == 1
+        assert model._device_training is None
+        assert model._n_updates == steps - 10
+        assert all(isinstance(getattr(model, name).optimizer.param_groups[0]["lr"], float) for name in NETWORKS)
+        assert all(th.isfinite(p).all() for p in model.policy.parameters())
+        assert len(set(model.replay_buffer.sampling_probabilities()[1])) > 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.learn(20, reset_num_timesteps=False)
+
+    @pytest.mark.parametrize("failing", ["_encoder_step", "_value_step", "_act_step"])
+    def test_capture_fails(self, device, failing, monkeypatch):
+        capture = Graph.capture
+
+        def fail(function):
+            if function.__name__ == failing:
+                raise RuntimeError("CUDA error: no graphs today")
+            return capture(function)
+
+        monkeypatch.setattr(Graph, "capture", staticmethod(fail))
+        self.fails_once(self.make(device), "no graphs today")
+
+    def test_capture_of_copies_fails(self, device, monkeypatch):
+        """New transitions arrive all the same."""
+        models = [make(device) for make in (self.make, self.uncaptured)]
+        capture = Graph.capture
+
+        def fail(function):
+            if function.__name__ == "_write_staged":
+                raise RuntimeError("CUDA error: no graphs today")
+            return capture(function)
+
+        monkeypatch.setattr(Graph, "capture", staticmethod(fail))
+        for model in models:
+            th.manual_seed(1)
+            model.learn(60)
+        self.assert_same(*models)
+
+    def test_features_extractor_that_waits(self, device):
+        model = self.make(device, policy_kwargs=dict(features_extractor_class=ReadingExtractor))
+        self.fails_once(model, "could not be captured")
+
+    def test_other_optimizer(self, device):
+        self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not Adam")
+
+    def test_vec_normalize(self, device):
+        env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
+        self.fails_once(self.make(device, env=env), "VecNormalize works on the host")
+
+    def test_buffer_that_does_not_fit(self, device, monkeypatch):
+        monkeypatch.setattr(MRQ, "_free_memory", lambda self: 1000)
+        self.fails_once(self.make(device), "The replay buffer takes .* GB")
+
+    def test_divergence_is_told(self, device):
+        model = self.make(device)
+        model.learn(30)
+        with th.no_grad():
+            next(model.critic.parameters()).fill_(th.nan)
+        with pytest.raises(ValueError, match="diverged"):
+            model.learn(100, reset_num_timesteps=False)
+
+
+def test_not_on_a_cpu():
+    """A CPU runs and compiles what it always did."""
+    model = MRQ("MlpPolicy", gym.make("Pendulum-v1"), device="cpu", compile_updates=True, policy_kwargs=TINY_POLICY)
+    assert not model._may_capture and model.learner.compiled

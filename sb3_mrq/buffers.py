@@ -2,7 +2,8 @@
 The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,22 @@ class NStepSamples(NamedTuple):
     indices: np.ndarray | th.Tensor
 
 
+class BufferState(NamedTuple):
+    """
+    What a replay buffer holds.
+
+    :param numbers: numbers, strings and lists of these, for a JSON file
+    :param places: what there is for every place, by name: the arrays themselves, no copies, (n_places, ...) each
+    :param environments: what there is for every environment, by name, (n_envs, ...) each
+    :param written: how many places of each environment's ring were ever written to; the others hold zeros, (n_envs,)
+    """
+
+    numbers: dict[str, Any]
+    places: dict[str, np.ndarray]
+    environments: dict[str, np.ndarray]
+    written: np.ndarray
+
+
 class SubtrajectoryReplayBuffer(ReplayBuffer):
     """
     Replay buffer that samples sub-trajectories by priority (LAP, Fujimoto et al., 2020, arXiv 2007.06049).
@@ -115,6 +132,9 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
     :param horizon: Transitions in a sub-trajectory
     :param n_steps: Transitions of the n-step samples
     """
+
+    # Priorities handled at once where all are
+    CHUNK = 1 << 17
 
     def __init__(
         self,
@@ -400,6 +420,102 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._head[envs] = (self._head[envs] + 1) % self.buffer_size
         self.full |= bool((self._head[envs] == 0).any())
         self._running[envs] = False
+
+    @property
+    def between_episodes(self) -> bool:
+        """Whether the next transitions of all environments begin new episodes."""
+        return not self._running.any()
+
+    def empty_copy(self, buffer_size: int) -> "SubtrajectoryReplayBuffer":
+        """
+        :param buffer_size: number of places for each environment
+        :return: an empty buffer of this size, otherwise like this one
+        """
+        buffer = copy(self)
+        buffer.buffer_size = buffer_size
+        buffer.reset()
+        return buffer
+
+    def get_state(self) -> BufferState:
+        """
+        :return: all that is needed to make an equal buffer of one with the same arguments, see ``set_state``
+        """
+        self._pull_priorities()
+        numbers = {
+            "pos": self.pos,
+            "full": self.full,
+            "max_priority": self._max_priority,
+            "has_terminated": self.has_terminated,
+            "n_sampleable": self.n_sampleable,
+            "n_stored": self._n_stored,
+            "storages": [[key, storage.get_state()] for key, storage in self._storages.items()],
+        }
+        used = (self._flags != 0).reshape(self.n_envs, -1)
+        written = np.where(used.any(axis=1), used.shape[1] - used[:, ::-1].argmax(axis=1), 0) if used.size else self._head * 0
+        return BufferState(numbers, self._place_arrays(), self._environment_arrays(), written)
+
+    def set_state(self, numbers: dict[str, Any], fill: Callable[[BufferState], None]) -> None:
+        """
+        Hold what another buffer with the same arguments held, and nothing else. After an error the buffer is empty.
+
+        :param numbers: those of its state
+        :param fill: called once, with a state whose arrays are zero and are to be filled
+        :raises ValueError: if it cannot be the state of a buffer with these arguments
+        """
+        self.reset()
+        try:
+            if numbers["storages"]:
+                self._allocate()
+                for key, state in numbers["storages"]:
+                    self._storages[key].set_state(state)
+                # What the last observations look like is known before there are any
+                self._last_next_obs = {
+                    key: np.zeros((self.n_envs, *storage.shape), dtype=storage.dtype)
+                    for key, storage in self._storages.items()
+                    if storage.data.size
+                }
+            fill(BufferState(numbers, self._place_arrays(), self._environment_arrays(), np.zeros(self.n_envs, dtype=np.int64)))
+            self.pos = numbers["pos"]
+            self.full = numbers["full"]
+            self._max_priority = numbers["max_priority"]
+            self.has_terminated = numbers["has_terminated"]
+            self.n_sampleable = numbers["n_sampleable"]
+            self._n_stored = numbers["n_stored"]
+            self._rebuild_priorities()
+        except BaseException:
+            self.reset()
+            raise
+
+    def _place_arrays(self) -> dict[str, np.ndarray]:
+        return {**self.places(), "priorities": self._priorities.leaves} if self._storages else {}
+
+    def _environment_arrays(self) -> dict[str, np.ndarray]:
+        arrays = {"head": self._head, "running": self._running, "length": self._length}
+        for key, value in self._last_next_obs.items():
+            arrays[f"last_next_obs{'' if key is None else f' {key}'}"] = value
+        return arrays
+
+    def _rebuild_priorities(self) -> None:
+        """
+        Complete the priorities after their leaves were written to.
+
+        :raises ValueError: if what the buffer holds does not fit together
+        """
+        priorities = self._priorities.leaves
+        n_stored = int(np.count_nonzero(self._flags & STORED))
+        n_sampleable = int(np.count_nonzero(priorities))
+        if (n_stored, n_sampleable) != (self._n_stored, self.n_sampleable):
+            raise ValueError(
+                f"There are {n_stored} transitions, {n_sampleable} to be sampled, but there should be {self._n_stored}, "
+                f"{self.n_sampleable} to be sampled."
+            )
+        if not (priorities.max() < np.inf and priorities.min() >= 0 and 0 < self._max_priority < np.inf):
+            raise ValueError("There are priorities that are negative or not finite.")
+        if ((self._head < 0) | (self._head >= self.buffer_size) | (self._length < 0)).any():
+            raise ValueError("The next place to write to is outside the buffer.")
+        for first in range(0, len(priorities), self.CHUNK):
+            if priorities[first : first + self.CHUNK].any():
+                self._priorities.rebuild(first, min(first + self.CHUNK, len(priorities)))
 
     def _draw(self, batch_size: int) -> np.ndarray:
         if self.n_sampleable == 0:

@@ -4,6 +4,7 @@ Storage of one kind of observation in the places of a replay buffer, frame stack
 
 import warnings
 from copy import copy
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -55,6 +56,33 @@ class ObservationStorage:
         """Whether observations are stored as single frames."""
         return self.n_stack > 1
 
+    def get_state(self) -> dict[str, Any]:
+        """
+        :return: how observations are stored, as numbers for a JSON file
+        """
+        return {
+            "allocated": bool(self.data.size),
+            "frame_channels": self.frame_channels,
+            "candidates": [int(channels) for channels in self.candidates],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        Store observations in a given way from now on, and reserve the memory; nothing is stored then.
+
+        :param state: from ``get_state``
+        :raises ValueError: if observations of this shape cannot be stored so
+        """
+        possible = {0}
+        if len(self.shape) == 3 and self.dtype == np.uint8:
+            possible |= {c for c in range(1, self.shape[0]) if self.shape[0] % c == 0}
+        for channels in (state["frame_channels"], *state["candidates"]):
+            if channels not in possible:
+                raise ValueError(f"Observations of the shape {self.shape} are no stacks of frames of {channels} channels.")
+        self.candidates = list(state["candidates"])
+        if state["allocated"]:
+            self._allocate(state["frame_channels"])
+
     def cast(self, obs: np.ndarray) -> np.ndarray:
         """
         :param obs: observations as the environments give them, (n, ...)
@@ -67,8 +95,7 @@ class ObservationStorage:
         self.n_stack = self.shape[0] // frame_channels if frame_channels else 1
         frame_shape = (frame_channels, *self.shape[1:]) if frame_channels else self.shape
         self.data = np.zeros((self.n_places, *frame_shape), dtype=self.dtype)
-        if self.stacked:
-            self.zero_filled = np.zeros(self.n_places, dtype=bool)
+        self.zero_filled = np.zeros(self.n_places if self.stacked else 0, dtype=bool)
 
     def _is_stack(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray, channels: int) -> bool:
         """Whether transitions, some of which begin an episode, fit stacks of frames of so many channels."""

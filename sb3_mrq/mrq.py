@@ -2,11 +2,12 @@
 MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), logging, and what is saved.
 """
 
+import contextlib
 import io
 import pathlib
 import threading
 import warnings
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -30,6 +31,7 @@ from sb3_mrq.buffers import (
     SubtrajectorySamples,
     check_finite,
 )
+from sb3_mrq.checkpoints import resume, set_generators
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, restore_groups
 from sb3_mrq.extractors import check_observation_space
@@ -37,6 +39,10 @@ from sb3_mrq.graphs import CaptureError, Graph
 from sb3_mrq.learner import EncoderMetrics, Learner, MetricMeans, Observation, Scalars, ValuePolicyMetrics, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
+from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
+
+if TYPE_CHECKING:
+    from sb3_mrq.callbacks import StopSignals
 
 
 def unbind_time(obs: Observation) -> list[Observation]:
@@ -132,6 +138,8 @@ class MRQ(OffPolicyAlgorithm):
     critic_target: Critic
     actor: Actor
     actor_target: Actor
+    # What callbacks want undone when learning ends, however it does
+    while_learning: contextlib.ExitStack
 
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
@@ -223,6 +231,13 @@ class MRQ(OffPolicyAlgorithm):
         # rbar and rbar': mean absolute reward of the buffer when the targets were last replaced, and the time before
         self.reward_scale = 1.0
         self.target_reward_scale = 0.0
+
+        # Of checkpoints: which run they are of, and from which one this model was resumed, until it learns
+        self.run_id: str | None = None
+        self.resumed_generators: dict[str, Any] | None = None
+        self.resumed_compiled: bool | None = None
+        # Where a callback watches for signals
+        self.stop_signals: StopSignals | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -367,6 +382,8 @@ class MRQ(OffPolicyAlgorithm):
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
             alone = threading.current_thread() is threading.main_thread()
             compiled = self.device.type == "cpu" and steps >= self.COMPILE_FROM and alone
+            if self.resumed_compiled is not None:
+                compiled = self.resumed_compiled
             if compiled != self.learner.compiled:
                 self.learner.compile(compiled)
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
@@ -376,6 +393,10 @@ class MRQ(OffPolicyAlgorithm):
         except NonFiniteError:
             self._last_obs = None
             raise
+        if self.resumed_generators is not None:
+            # What was done since then, such as making an environment for evaluations, may have drawn from them
+            set_generators(self, self.resumed_generators)
+        self.resumed_generators = self.resumed_compiled = None
         return total_timesteps, callback
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
@@ -395,10 +416,17 @@ class MRQ(OffPolicyAlgorithm):
             ("action space", replay_buffer.action_space, self.action_space),
         ):
             if theirs != ours:
-                raise ValueError(
-                    f"The replay buffer was made for another {name}: {theirs}, but the model has {ours}. Use the same one "
-                    "as when the buffer was saved, or start with an empty buffer."
-                )
+                raise other_buffer_error(name, theirs, ours)
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer as plain arrays, see :mod:`sb3_mrq.replay_files`.
+
+        :param path: Path to the file where the replay buffer should be saved, to which ``.pkl`` is added where it has no
+            suffix, as in SB3, or a file. Under a path there is at any moment what was there before, or all of the buffer.
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        save_replay_buffer(path, self.replay_buffer)
 
     def load_replay_buffer(
         self,
@@ -406,20 +434,15 @@ class MRQ(OffPolicyAlgorithm):
         truncate_last_traj: bool = True,
     ) -> None:
         """
-        Load a replay buffer from a pickle file.
+        Load a replay buffer saved by ``save_replay_buffer``. No code from the file is run.
 
-        :param path: Path to the pickled replay buffer.
+        :param path: Path to the file, whatever its name, or a file.
         :param truncate_last_traj: of no effect: the buffer itself notices whether the environment goes on where it ended
-        :raises ValueError: if it is no SubtrajectoryReplayBuffer, or one for other environments; the present buffer stays then
+        :raises ReplayFileError: if it is no such file, or a damaged one; the present buffer stays then
+        :raises ValueError: if it is a buffer for other environments; the present buffer stays then
         """
-        present = self.replay_buffer
-        try:
-            super().load_replay_buffer(path, truncate_last_traj)
-            assert self.replay_buffer is not None
-            self._check_replay_buffer(self.replay_buffer)
-        except BaseException:
-            self.replay_buffer = present
-            raise
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        self.replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
 
     def _store_transition(
         self,
@@ -461,6 +484,11 @@ class MRQ(OffPolicyAlgorithm):
         try:
             rollout = super().collect_rollouts(*args, **kwargs)
             complete = rollout.continue_training
+        except (EOFError, ConnectionError):
+            if self.stop_signals is None or not self.stop_signals.arrived():
+                raise
+            # Ctrl-C reaches the processes of the environments as well, which are gone now
+            rollout = RolloutReturn(0, 0, continue_training=False)
         finally:
             if not complete:
                 # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,
@@ -736,19 +764,63 @@ class MRQ(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMRQ:
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
+        self.stop_signals = None
+        with contextlib.ExitStack() as self.while_learning:
+            return super().learn(
+                total_timesteps=total_timesteps,
+                callback=callback,
+                log_interval=log_interval,
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )
+
+    @classmethod
+    def resume(
+        cls: type[SelfMRQ],
+        folder: str | pathlib.Path,
+        env: GymEnv,
+        device: th.device | str = "auto",
+        name_prefix: str = "mrq",
+        **kwargs: Any,
+    ) -> SelfMRQ:
+        """
+        Continue from the newest complete checkpoint that a
+        :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` has written. To finish the run::
+
+            model = MRQ.resume("checkpoints", env)
+            model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)
+
+        Where environments are deterministic and the checkpoint was made between episodes, this gives the same weights, to the
+        last bit, as a run that was never interrupted, on the same machine with the same versions and number of threads. Random
+        environments are seeded by the model's seed and the number of steps so far: their episodes are new ones. An episode
+        that was running is truncated. The random generators are set where ``resume`` ends, and again where learning starts.
+
+        A damaged checkpoint is passed over, with a warning, for the one before it. Like all models of Stable-Baselines3,
+        checkpoints hold pickles: resume from those only that you trust.
+
+        :param folder: folder of checkpoints, or one checkpoint
+        :param env: environment like that of the run. Where that was in a ``VecNormalize`` and this one is not, it is wrapped
+            in one; in any case its statistics and settings are those of the checkpoint.
+        :param device: Device on which the code should run.
+        :param name_prefix: what the names of the checkpoints begin with
+        :param kwargs: extra arguments to change the model when loading
+        :return: model that goes on where the run was, with its replay buffer
+        :raises FileNotFoundError: if there is no complete checkpoint
+        :raises ValueError: if no checkpoint can be used, or for another kind of environment
+        """
+        return resume(cls, folder, env, device, name_prefix, **kwargs)
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Steps from here to the end of the last call of ``learn``, as it was planned."""
+        return max(self._total_timesteps - self.num_timesteps, 0)
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
         on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
-        return [*super()._excluded_save_params(), *networks, "learner", *on_device]
+        of_this_process = ["resumed_generators", "resumed_compiled", "stop_signals", "while_learning"]
+        return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
 
     def get_parameters(self) -> dict[str, dict]:
         """

@@ -59,6 +59,25 @@ class PriorityTree:
             nodes = nodes // self.FAN_OUT
             parents.reshape(-1)[nodes] = children[nodes].sum(axis=1)
 
+    @property
+    def leaves(self) -> np.ndarray:
+        """The priorities themselves, no copy, (capacity,). After writing to them call ``rebuild``."""
+        return self._levels[0].reshape(-1)[: self.capacity]
+
+    def rebuild(self, start: int, stop: int) -> None:
+        """
+        Renew the sums above a range of priorities.
+
+        :param start: first index of the range
+        :param stop: last index of the range, plus 1
+        """
+        if start >= stop:
+            return
+        first, last = start, stop - 1
+        for children, parents in pairwise(self._levels):
+            first, last = first // self.FAN_OUT, last // self.FAN_OUT
+            parents.reshape(-1)[first : last + 1] = children[first : last + 1].sum(axis=1)
+
     def sample(self, n: int) -> np.ndarray:
         """
         Draw indices independently, each with probability proportional to its priority.

@@ -68,6 +68,35 @@ class SpaceEnv(gym.Env):
         return self.observation_space.sample(), reward, False, self.t >= self.length, {"is_success": True}
 
 
+class SwingEnv(gym.Env):
+    """
+    Observations and rewards are functions of the time and the actions of the episode, and nothing is random. Episodes take
+    ``length`` steps, and those with a positive sum of actions terminate.
+    """
+
+    def __init__(self, observation_space=VECTOR, action_space=BOX, length=7):
+        self.observation_space = deepcopy(observation_space)
+        self.action_space = deepcopy(action_space)
+        self.length = length
+
+    def observation(self):
+        shape = self.observation_space.shape
+        wave = np.sin(np.arange(np.prod(shape)).reshape(shape) + self.t + self.position)
+        return (127 * (1 + wave)).astype(np.uint8) if self.observation_space.dtype == np.uint8 else wave.astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.position = 0, 0.0
+        return self.observation(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.position += float(np.mean(action))
+        done = self.t == self.length
+        terminated = done and self.position > 0
+        return self.observation(), float(np.sin(3 * self.position)), terminated, done and not terminated, {}
+
+
 class CounterEnv(gym.Env):
     """
     An observation is (a number, the action before it). The number goes up by one each step, and every episode of any

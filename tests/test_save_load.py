@@ -32,10 +32,10 @@ def in_memory(model):
     return file
 
 
-def buffer_in_memory(buffer):
-    """A saved replay buffer, as a file in memory."""
+def buffer_in_memory(model):
+    """The saved replay buffer of a model, as a file in memory."""
     file = io.BytesIO()
-    save_to_pkl(file, buffer)
+    model.save_replay_buffer(file)
     file.seek(0)
     return file
 
@@ -143,7 +143,7 @@ def test_training_goes_on_as_if_never_saved(trained, n_envs):
     model.learn(28)
     assert model._n_updates % model.target_update_interval != 0
     loaded = MRQ.load(in_memory(model), env=make_vec_env(make_env, n_envs), device="cpu")
-    loaded.load_replay_buffer(buffer_in_memory(model.replay_buffer))
+    loaded.load_replay_buffer(buffer_in_memory(model))
     loaded.set_logger(model.logger)
     for one in (model, loaded):
         set_random_seed(11)
@@ -253,7 +253,7 @@ def test_no_warnings(replay_buffer_class, observation_space):
         model.learn(20)
         loaded = MRQ.load(in_memory(model), env=make_env(), device="cpu")
         assert type(loaded.replay_buffer) is SubtrajectoryReplayBuffer
-        loaded.load_replay_buffer(buffer_in_memory(model.replay_buffer))
+        loaded.load_replay_buffer(buffer_in_memory(model))
         loaded.learn(20)
         MRQ.load(in_memory(loaded), device="cpu").predict(some_obs(make_env()))
 
@@ -355,8 +355,11 @@ def test_replay_buffer_of_another_model(difference, change, tmp_path):
 def test_replay_buffer_of_another_algorithm():
     model = tiny_model(SpaceEnv())
     present = model.replay_buffer
-    with pytest.raises(ValueError, match="ReplayBuffer"):
-        model.load_replay_buffer(buffer_in_memory(ReplayBuffer(10, VECTOR, BOX, device="cpu")))
+    file = io.BytesIO()
+    save_to_pkl(file, ReplayBuffer(10, VECTOR, BOX, device="cpu"))
+    file.seek(0)
+    with pytest.raises(ValueError, match="it is a pickle"):
+        model.load_replay_buffer(file)
     assert model.replay_buffer is present
 
 

@@ -21,8 +21,10 @@ import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 
+from sb3_mrq.checkpoints import INFO, MODEL, list_checkpoints
 from sb3_mrq.envs import rendering
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
+from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
 # Modules of rl-zoo3, some of which have a function to call and some of which only run as a program
 SCRIPTS = {
@@ -103,6 +105,29 @@ def _evaluation_arguments(options: argparse.Namespace) -> list[str]:
         arguments += ["--eval-freq", "100000" if is_atari else "5000"]
     if options.eval_episodes is None:
         arguments += ["--eval-episodes", "10"]
+    return arguments
+
+
+def _newest_checkpoint(arguments: list[str]) -> list[str]:
+    """
+    :param arguments: arguments of ``train``
+    :return: the same with the model of the newest checkpoint where the agent to continue with is the folder of a run, or of
+        checkpoints
+    :raises ConfigurationError: for a folder without checkpoints
+    """
+    arguments = list(arguments)
+    for i, argument in enumerate(arguments[:-1]):
+        folder = Path(arguments[i + 1])
+        if argument not in ("-i", "--trained-agent") or not folder.is_dir():
+            continue
+        if (folder / CHECKPOINTS).is_dir():
+            folder = folder / CHECKPOINTS
+        if not (folder / INFO).exists():
+            found = list_checkpoints(folder)
+            if not found:
+                raise ConfigurationError(f"There is no complete checkpoint in {folder}.")
+            folder = found[0].path
+        arguments[i + 1] = str(folder / MODEL)
     return arguments
 
 
@@ -210,7 +235,7 @@ def run(script: str, arguments: list[str]) -> None:
             if script != "train" and "mujoco" in str(gym.registry.get(options.env)):
                 rendering.choose_backend()
         if script == "train" and options.algo == "mrq":
-            arguments = [*arguments, *_evaluation_arguments(options)]
+            arguments = [*_newest_checkpoint(arguments), *_evaluation_arguments(options)]
 
     if script == "push_to_hub":
         _supply_generate_metadata()

@@ -1,0 +1,168 @@
+"""
+Callbacks for :class:`~sb3_mrq.MRQ`.
+"""
+
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mrq.checkpoints import write_checkpoint
+from sb3_mrq.mrq import MRQ
+
+
+class StopSignals:
+    """
+    Context manager in which SIGTERM and SIGINT (Ctrl-C) end nothing but are noted down, in ``received``. A second Ctrl-C, a
+    second or more after the first, interrupts as usual. Outside of the main thread, where signals cannot be handled, it does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._time = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            # None is one that was not installed from Python, and cannot be from here
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers.clear()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        # Some senders send twice at once, to a process and to its group
+        if self.received is not None and number == signal.SIGINT and time.monotonic() - self._time >= 1:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self._time = time.monotonic()
+            self.received = signal.Signals(number)
+
+    def arrived(self, timeout: float = 1.0) -> bool:
+        """
+        :param timeout: how many seconds to wait for a signal that ended other processes and may be about to come here too
+        :return: whether one has come
+        """
+        end = time.monotonic() + timeout
+        while self._handlers and self.received is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.received is not None
+
+
+class ResumableCheckpointCallback(BaseCallback):
+    """
+    Every so many steps, and where ``learn`` ends, write model, replay buffer, statistics of ``VecNormalize`` and random
+    generators as one unit, from which :meth:`sb3_mrq.MRQ.resume` continues.
+
+    A checkpoint is a folder ``{name_prefix}_{number}_{num_timesteps}_steps``, which has its name only once it is complete and
+    on the disk: whatever happens, the newest complete one is there. Where writing fails, training ends with a
+    :class:`~sb3_mrq.checkpoints.CheckpointError`, and the checkpoints before it are left as they are.
+
+    SIGTERM and Ctrl-C end training where the next rollout would begin, with a checkpoint. Calling ``learn`` then returns as if
+    it was done; ``stopped_by`` tells the signal.
+
+    :param save_freq: number of steps between checkpoints, counted as ``num_timesteps`` over all environments (not, as in SB3's
+        ``CheckpointCallback``, in calls of the callback)
+    :param save_path: folder for the checkpoints, of one run at a time, which is made where training starts. With rl-zoo3
+        ``checkpoints`` in the folder of the run, where it is None.
+    :param name_prefix: what the names of the checkpoints begin with
+    :param keep_last: how many checkpoints of a run to keep, None for all. While one is written there is one more.
+    :param at_episode_end: whether to put a checkpoint off until the episodes of all environments have ended together, so that
+        no episode is cut short where training is resumed; not those at the end of ``learn``
+    :param handle_signals: whether SIGTERM and Ctrl-C end training with a checkpoint
+    :param verbose: Verbosity level: 0 for no output, 1 for a line for each checkpoint
+    """
+
+    model: MRQ
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str | Path | None = None,
+        name_prefix: str = "mrq",
+        keep_last: int | None = 2,
+        at_episode_end: bool = False,
+        handle_signals: bool = True,
+        verbose: int = 0,
+    ):
+        super().__init__(verbose)
+        if save_freq < 1 or (keep_last is not None and keep_last < 1):
+            raise ValueError(f"save_freq is {save_freq} and keep_last {keep_last}, but both must be at least 1.")
+        if not name_prefix or Path(name_prefix).name != name_prefix:
+            raise ValueError(f"name_prefix is {name_prefix!r}, but must be the beginning of a name of a file.")
+        self.save_freq = save_freq
+        self.save_path = save_path
+        self.name_prefix = name_prefix
+        self.keep_last = keep_last
+        self.at_episode_end = at_episode_end
+        self.handle_signals = handle_signals
+        self.stopped_by: signal.Signals | None = None
+        self._signals = StopSignals()
+        self._learning = False
+        self._stopping = False
+        # Steps at the last checkpoint
+        self._saved_at = 0
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, MRQ):
+            raise TypeError(f"ResumableCheckpointCallback is for MRQ, not for {type(self.model).__name__}.")
+        if self.save_path is None:
+            raise ValueError("save_path is missing: the folder for the checkpoints.")
+        # Not where a checkpoint is written: if the folder is gone then, something is wrong with the disk
+        Path(self.save_path).mkdir(parents=True, exist_ok=True)
+
+    def _on_training_start(self) -> None:
+        self._saved_at = self.model.num_timesteps
+        self._learning, self._stopping, self.stopped_by = True, False, None
+        self.model.while_learning.callback(self._on_learn_exit)
+        if self.handle_signals:
+            if threading.current_thread() is not threading.main_thread():
+                warnings.warn("SIGTERM and Ctrl-C can end training with a checkpoint in the main thread only.", stacklevel=2)
+            self.model.while_learning.enter_context(self._signals)
+            self.model.stop_signals = self._signals
+
+    def _on_learn_exit(self) -> None:
+        self._learning = False
+
+    def _on_rollout_start(self) -> None:
+        # The only place where everything is stored and trained on
+        if self._signals.received is not None:
+            self._save()
+            self._stopping = True
+        elif self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq:
+            assert self.model.replay_buffer is not None
+            if self.model.replay_buffer.between_episodes or not self.at_episode_end:
+                self._save()
+
+    def _on_step(self) -> bool:
+        # The transition of this step is not stored yet
+        return not self._stopping
+
+    def _on_training_end(self) -> None:
+        # rl-zoo3 calls this a second time, also where an error or Ctrl-C came in the middle of an update
+        if not self._learning:
+            return
+        if not self._stopping and self._saved_at != self.model.num_timesteps:
+            self._save()
+        self.stopped_by = self._signals.received
+        if self.stopped_by is not None:
+            print(f"Training was stopped by {self.stopped_by.name}, after a checkpoint in {self.save_path}.", file=sys.stderr)
+
+    def _save(self) -> None:
+        assert self.save_path is not None
+        path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
+        self._saved_at = self.model.num_timesteps
+        if self.verbose >= 1:
+            print(f"Saved the checkpoint {path}")

@@ -1,0 +1,109 @@
+"""
+rl-zoo3's training command writes checkpoints and goes on from them.
+"""
+
+import argparse
+
+import pytest
+import rl_zoo3.exp_manager
+import yaml
+from test_zoo import SMALL
+
+import sb3_mrq.zoo
+from sb3_mrq.checkpoints import list_checkpoints
+from sb3_mrq.zoo.cli import _newest_checkpoint, run
+from sb3_mrq.zoo.configuration import ConfigurationError
+
+CALLBACK = "sb3_mrq.callbacks.ResumableCheckpointCallback"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A configuration with checkpoints."""
+    path = tmp_path_factory.mktemp("config") / "config.yml"
+    section = SMALL | dict(
+        policy="MlpPolicy",
+        n_timesteps=90,
+        learning_starts=20,
+        normalize=True,
+        target_update_interval=10,
+        buffer_size=500,
+        callback=[{CALLBACK: {"save_freq": 30, "keep_last": None}}],
+    )
+    path.write_text(yaml.safe_dump({"Pendulum-v1": section}))
+    return path
+
+
+def train(config, folder, *arguments):
+    base = ["--algo", "mrq", "--env", "Pendulum-v1", "-conf", str(config), "--eval-freq", "-1", "--device", "cpu"]
+    run("train", [*base, "-f", str(folder), *arguments])
+    return max((folder / "mrq").iterdir(), key=lambda path: int(path.name.split("_")[-1]))
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """The folder of a run of rl-zoo3 that was cut short."""
+    return train(config, tmp_path_factory.mktemp("logs"), "-n", "70", "--seed", "7")
+
+
+def steps(folder):
+    return [checkpoint.num_timesteps for checkpoint in list_checkpoints(folder / "checkpoints")]
+
+
+def test_checkpoints_in_the_folder_of_the_run(trained):
+    assert steps(trained) == [70, 60, 30]
+    assert (trained / "Pendulum-v1.zip").exists()
+
+
+def test_resumed_by_the_training_command(trained, config, tmp_path, monkeypatch):
+    models = []
+    learn = sb3_mrq.MRQ.learn
+
+    def recorded(self, *args, **kwargs):
+        models.append((self, self.num_timesteps, self.replay_buffer.size()))
+        return learn(self, *args, **kwargs)
+
+    monkeypatch.setattr(sb3_mrq.MRQ, "learn", recorded)
+    # From a folder of checkpoints, up to the number of steps asked for
+    folder = train(config, tmp_path, "-i", str(trained), "-n", "100")
+    ((model, before, size),) = models
+    assert (before, size, model.num_timesteps, model.seed) == (70, 70, 100, 7)
+    assert model._n_updates == 80
+    assert model.get_vec_normalize_env().obs_rms.count > 100
+    assert steps(folder) == [100, 90]
+    # From one checkpoint, up to where the run was to end
+    folder = train(config, tmp_path, "-i", str(list_checkpoints(trained / "checkpoints")[-1].path / "model.zip"))
+    assert models[1][1] == 30 and models[1][0].num_timesteps == 70
+    assert steps(folder) == [70, 60]
+
+
+def test_what_can_be_continued_with(trained, tmp_path):
+    newest = str(list_checkpoints(trained / "checkpoints")[0].path / "model.zip")
+    for folder in (trained, trained / "checkpoints", list_checkpoints(trained / "checkpoints")[0].path):
+        for option in ("-i", "--trained-agent"):
+            assert _newest_checkpoint(["-n", "5", option, str(folder)]) == ["-n", "5", option, newest]
+    for arguments in ([], ["-i"], ["-i", "model.zip"], ["-n", str(trained)]):
+        assert _newest_checkpoint(arguments) == arguments
+    with pytest.raises(ConfigurationError, match="no complete checkpoint"):
+        _newest_checkpoint(["-i", str(tmp_path)])
+
+
+def test_search_writes_none(config, tmp_path):
+    experiment = rl_zoo3.exp_manager.ExperimentManager(
+        argparse.Namespace(env="Pendulum-v1"),
+        "mrq",
+        "Pendulum-v1",
+        str(tmp_path),
+        verbose=0,
+        config=str(config),
+        optimize_hyperparameters=True,
+        n_trials=1,
+        n_timesteps=25,
+        n_evaluations=1,
+        n_eval_episodes=1,
+        no_optim_plots=True,
+        sampler="random",
+    )
+    experiment.setup_experiment()
+    experiment.hyperparameters_optimization()
+    assert not list(tmp_path.rglob("mrq_0*"))

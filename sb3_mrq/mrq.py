@@ -23,11 +23,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import (
-    NonFiniteError,
+    BadValueError,
     NStepSamples,
     SubtrajectoryReplayBuffer,
     SubtrajectorySamples,
-    check_finite,
+    check_observations,
 )
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.learner import EncoderMetrics, Learner, Observation, ValuePolicyMetrics, grad_norm
@@ -358,8 +358,8 @@ class MRQ(OffPolicyAlgorithm):
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
         try:
-            self._check_finite(obs)
-        except NonFiniteError:
+            self._check_observations(obs)
+        except BadValueError:
             self._last_obs = None
             raise
         return total_timesteps, callback
@@ -417,24 +417,24 @@ class MRQ(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         # The first observation of the next episode is not stored now, but acted on before it is
-        self._check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
+        self._check_observations(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
         try:
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        except NonFiniteError as error:
+        except BadValueError as error:
             raise self._at_this_step(error) from None
 
-    def _check_finite(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
+    def _check_observations(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
         :param obs: observations of all environments, before normalisation
-        :raises NonFiniteError: if one is infinite or not a number
+        :raises BadValueError: if one cannot be learned from
         """
         try:
-            check_finite(obs, "observation")
-        except NonFiniteError as error:
+            check_observations(obs, self.observation_space, self.n_envs)
+        except BadValueError as error:
             raise self._at_this_step(error) from None
 
-    def _at_this_step(self, error: NonFiniteError) -> NonFiniteError:
-        return NonFiniteError(
+    def _at_this_step(self, error: BadValueError) -> BadValueError:
+        return type(error)(
             f"{error} at step {self.num_timesteps}, from which MR.Q cannot learn: mend the environment or clip what it gives. "
             "The replay buffer holds what came before."
         )

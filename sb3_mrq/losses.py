@@ -187,8 +187,8 @@ def policy_loss(q: th.Tensor, pre_activation: th.Tensor, pre_activation_weight: 
 def td_priority(q: th.Tensor, target: th.Tensor, alpha: float = 0.4, min_td_error: float = 1.0) -> th.Tensor:
     """
     Priority of LAP (Fujimoto et al., 2020, arXiv 2007.06049): the largest absolute error of the heads, at least
-    ``min_td_error``, to the power ``alpha``. Where rewards shrink so much that the target leaves the range of float32, the error
-    counts as the largest number: the priority stays finite, as the gradient of the Huber loss does.
+    ``min_td_error``, to the power ``alpha``. Where rewards shrink so much that the target leaves the range of float32, the
+    error counts as the largest number: the priority stays finite, as the gradient of the Huber loss does.
 
     :param q: (B, n_critics)
     :param target: (B, 1)

@@ -345,9 +345,16 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        try:
+            total_timesteps, callback = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            self._check_vec_normalize()
+        except BaseException as error:
+            # Whether the environment was reset is not known
+            self._last_obs = None
+            self._explain_dead_worker(error)
+            raise
         if self.compile_updates == "auto":
             steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
@@ -439,6 +446,40 @@ class MRQ(OffPolicyAlgorithm):
             "The replay buffer holds what came before."
         )
 
+    def _check_vec_normalize(self) -> None:
+        """
+        :raises ValueError: if the statistics of ``VecNormalize`` would make all that it normalises not a number
+        """
+        env = self._vec_normalize_env
+        if env is None or not env.training:
+            return
+        statistics = [env.ret_rms] if env.norm_reward else []
+        if env.norm_obs:
+            statistics += list(env.obs_rms.values()) if isinstance(env.obs_rms, dict) else [env.obs_rms]
+        if not all(np.isfinite(value).all() for rms in statistics for value in (rms.mean, rms.var)):
+            raise ValueError(
+                "The running statistics of VecNormalize are not finite, as an observation or a reward was not: continue with "
+                "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, by way of set_env."
+            )
+
+    def _explain_dead_worker(self, error: BaseException) -> None:
+        """
+        :param error: raised by an environment
+        :raises RuntimeError: if it comes from a pipe to a process that has ended, of which it says nothing
+        """
+        if self.env is None or not isinstance(error, (EOFError, ConnectionError)):
+            return
+        processes = getattr(self.env.unwrapped, "processes", [])
+        for process in processes:
+            process.join(timeout=0.1)  # its pipe is closed a moment before it has ended
+        dead = [i for i, process in enumerate(processes) if not process.is_alive()]
+        if dead:
+            raise RuntimeError(
+                f"The process of environment {dead[0]} ended at step {self.num_timesteps}, with exit code "
+                f"{processes[dead[0]].exitcode}: see its output, or run the environment in a DummyVecEnv, for the reason. The "
+                "replay buffer holds what came before; continue with new environments by way of set_env."
+            ) from error
+
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
@@ -447,6 +488,9 @@ class MRQ(OffPolicyAlgorithm):
         try:
             rollout = super().collect_rollouts(*args, **kwargs)
             complete = rollout.continue_training
+        except (EOFError, ConnectionError) as error:
+            self._explain_dead_worker(error)
+            raise
         finally:
             if not complete:
                 # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,

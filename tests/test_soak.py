@@ -6,6 +6,7 @@ A long run on a small network, behind the marker ``long``: ``pytest -m long -s t
 import os
 import sys
 import time
+from itertools import pairwise
 
 import gymnasium as gym
 import numpy as np
@@ -138,7 +139,7 @@ def test_soak():
     # Sampling: sums of the tree, what it should hold, and what comes out of it
     levels = buffer._priorities._levels
     leaves = levels[0].reshape(-1)[: len(buffer._flags)]
-    for children, parents in zip(levels[:-1], levels[1:], strict=True):
+    for children, parents in pairwise(levels):
         np.testing.assert_array_equal(children.sum(axis=1), parents.reshape(-1)[: len(children)])
     places, probabilities = buffer.sampling_probabilities()
     np.testing.assert_array_equal(leaves[places], buffer.assigned[places])

@@ -31,8 +31,9 @@ class BoxActions:
             # As Python floats: in the space's own dtype the difference may be infinite where actions are still scaled well
             if not np.isfinite(float(high) - float(low)):
                 raise ValueError(
-                    f"Box actions need finite bounds, a finite distance apart, but one dimension of {space} goes from {low} to "
-                    f"{high}: give bounds, for example with gymnasium.wrappers.RescaleAction or in the environment's action_space."
+                    f"Box actions need finite bounds, a finite distance apart, but one dimension of {space} goes from "
+                    f"{low} to {high}: give bounds, for example with gymnasium.wrappers.RescaleAction or in the "
+                    "environment's action_space."
                 )
             if not low < high:
                 raise ValueError(

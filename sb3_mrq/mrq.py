@@ -426,6 +426,10 @@ class MRQ(OffPolicyAlgorithm):
         # The first observation of the next episode is not stored now, but acted on before it is
         self._check_observations(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
         try:
+            for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
+                # SB3 would take the first observation of the next episode
+                if done and info.get("terminal_observation") is None:
+                    raise BadValueError(f"Environment {i} gave no final observation")
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         except BadValueError as error:
             raise self._at_this_step(error) from None

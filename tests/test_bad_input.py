@@ -385,3 +385,17 @@ def test_box_action_whose_range_does_not_fit():
     largest = np.finfo(np.float64).max
     with pytest.raises(ValueError, match="give bounds"):
         tiny_model(SpaceEnv(action_space=spaces.Box(-largest, largest, (2,), dtype=np.float64)))
+
+
+def test_episode_without_a_final_observation():
+    """SB3 takes the first observation of the next episode where there is none."""
+
+    class NoFinal(SpaceEnv):
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return (None if self.t == self.length else obs), *rest
+
+    model = tiny_model(NoFinal(length=6))
+    with pytest.raises(ValueError, match="Environment 0 gave no final observation at step 6"):
+        model.learn(20)
+    assert model.replay_buffer.size() == 5

@@ -323,7 +323,8 @@ def test_odd_environments(observation_space, action_space, rewards, lengths, end
 
 
 def can_be_normalised(space):
-    return isinstance(space, spaces.Box) and not is_image_space(space)
+    # In float16 VecNormalize overflows by itself
+    return isinstance(space, spaces.Box) and not is_image_space(space) and space.dtype != np.float16
 
 
 @cases(
@@ -375,7 +376,7 @@ def test_faulty_environments(
     if error is None:
         # What has no such values may have been cast on the way, by numpy or by DummyVecEnv
         assert fault.startswith("observation") or fault.startswith("final observation")
-        assert "raises" not in fault and not must_be_refused(fault, observation_space, vec_env)
+        assert "raises" not in fault and not must_be_refused(fault, observation_space, vec_env, normalise)
     assert_finite(model)
     assert_acts(model, fine())
     check_buffer(model.replay_buffer)
@@ -387,8 +388,10 @@ def test_faulty_environments(
     check_buffer(model.replay_buffer)
 
 
-def must_be_refused(fault, space, vec_env):
+def must_be_refused(fault, space, vec_env, normalise):
     """Whether there is no way to take a bad observation for a good one."""
+    if normalise and fault in ("final observation inf", "final observation -inf", "final observation too large"):
+        return False  # VecNormalize has clipped it, and what it was is not known
     part = space.spaces[sorted(space.spaces)[0]] if isinstance(space, spaces.Dict) else space
     if "None" in fault or "text" in fault:
         return vec_env is StackingVecEnv

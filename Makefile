@@ -1,4 +1,5 @@
 # make test                                            everything that is checked, in under 15 minutes on two cores
+# make test-oldest                                     the package itself on the oldest versions that it supports
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
 #
 # Both set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
@@ -27,7 +28,14 @@ else
 endif
 stamp := $(prefix)/sb3-mrq-is-installed
 
-.PHONY: test lint type pytest format train setup system clean
+# The tests of the package itself that meet Stable-Baselines3 or gymnasium. Left out are those that need neither, and those of
+# environments, examples and rl-zoo3, which ask for newer versions.
+OLDEST_VENV ?= .venv-oldest
+oldest_tests := $(addprefix tests/test_, $(addsuffix .py, action_spaces bad_input buffer citizenship package policies run \
+	save_load schedule spaces))
+oldest_stamp := $(OLDEST_VENV)/sb3-mrq-is-installed
+
+.PHONY: test test-oldest lint type pytest format train setup system clean
 
 test: lint type pytest
 
@@ -41,6 +49,14 @@ type: setup
 # Two workers share two cores, hence one thread each. A file stays on one worker, with what its tests share.
 pytest: setup
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=10
+
+test-oldest: $(oldest_stamp)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(oldest_tests)
+
+$(oldest_stamp): pyproject.toml .ci/constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install -c .ci/constraints-oldest.txt -e . pytest pytest-xdist scipy
+	touch $@
 
 format: setup
 	$(python) -m ruff check --fix
@@ -77,4 +93,4 @@ system:
 	fi
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,10 +28,12 @@ class BoxActions:
         if 0 in space.shape:
             raise ValueError(f"The action space {space} has no dimension, so that there is nothing to choose.")
         for low, high in np.stack([space.low.ravel(), space.high.ravel()], axis=1):
-            if not (np.isfinite(low) and np.isfinite(high)):
+            # As Python floats: in the space's own dtype the difference may be infinite where actions are still scaled well
+            if not np.isfinite(float(high) - float(low)):
                 raise ValueError(
-                    f"Box actions need finite bounds, but one dimension of {space} goes from {low} to {high}: "
-                    "give bounds, for example with gymnasium.wrappers.RescaleAction or in the environment's action_space."
+                    f"Box actions need finite bounds, a finite distance apart, but one dimension of {space} goes from "
+                    f"{low} to {high}: give bounds, for example with gymnasium.wrappers.RescaleAction or in the "
+                    "environment's action_space."
                 )
             if not low < high:
                 raise ValueError(

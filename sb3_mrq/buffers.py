@@ -2,7 +2,7 @@
 The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.frames import ObservationStorage
@@ -25,23 +26,89 @@ TERMINATED = 4  # ... and the episode terminated there
 PRESENT = 8  # holds an observation
 
 
-class NonFiniteError(ValueError):
+# Largest absolute values that float32 leaves room to compute with: layer normalisation squares sums over an observation, and
+# a return is a sum of rewards
+LARGEST_OBSERVATION = 1e18
+LARGEST_REWARD = 1e30
+
+
+class BadValueError(ValueError):
     """
-    An observation or reward is infinite or not a number.
+    An environment gave something that cannot be learned from.
     """
 
 
-def check_finite(values: np.ndarray | Mapping[Any, np.ndarray], name: str) -> None:
+class NonFiniteError(BadValueError):
     """
-    :param values: of all environments, (n_envs, ...) or a dict of these
-    :param name: what they are
-    :raises NonFiniteError: if one is infinite or not a number
+    An observation or reward is infinite or not a number, or so large that what is computed from it would be.
     """
-    for key, value in values.items() if isinstance(values, Mapping) else [(None, values)]:
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-            index = tuple(np.argwhere(~np.isfinite(value))[0])
-            where = "" if key is None else f" under {key!r}"
-            raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{where}")
+
+
+def check_numbers(value: np.ndarray, names: str, where: str = "") -> None:
+    """
+    :param value: of all environments, (n_envs, ...)
+    :param names: what they are
+    :param where: the key of observations that are dicts, for the message
+    :raises BadValueError: if they are not numbers
+    """
+    if value.dtype.kind not in "biuf":
+        raise BadValueError(f"The environments gave {names} of the type {value.dtype}{where}, which are not numbers,")
+
+
+def check_finite(value: np.ndarray, name: str, largest: float, key: Any = None) -> None:
+    """
+    :param value: of all environments, (n_envs, ...)
+    :param name: what it is
+    :param largest: largest absolute value that is allowed
+    :param key: of an observation that is a dict
+    :raises NonFiniteError: if a number is infinite, not a number, or larger
+    """
+    if not np.issubdtype(value.dtype, np.floating):
+        return
+    fine = np.abs(value) <= min(largest, float(np.finfo(value.dtype).max))
+    if not fine.all():
+        index = tuple(np.argwhere(~fine)[0])
+        where = "" if key is None else f" under {key!r}"
+        beyond = f" (the largest allowed is {largest:g})" if np.isfinite(value[index]) else ""
+        raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{where}{beyond}")
+
+
+def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
+    """
+    :param space: an observation space
+    :return: its parts if it is a Dict, else itself under None
+    """
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+
+
+def check_observations(
+    obs: np.ndarray | dict[str, np.ndarray], space: spaces.Space, n_envs: int, name: str = "observation"
+) -> None:
+    """
+    :param obs: of all environments, (n_envs, ...) or a dict of these
+    :param space: the observation space
+    :param n_envs: number of environments
+    :param name: what the observations are
+    :raises NonFiniteError: if a number is infinite, not a number, or too large
+    :raises BadValueError: if the shape is not that of the space, or an integer stands for no value of the space
+    """
+    for key, part in subspaces_of(space).items():
+        value = obs[key] if isinstance(obs, dict) else obs
+        where = "" if key is None else f" under {key!r}"
+        # Discrete ones may stand in a column
+        if value.shape not in ((n_envs, *part.shape), (n_envs, *get_obs_shape(part))):  # type: ignore[misc]
+            raise BadValueError(
+                f"The environments gave {name}s of the shape {value.shape}{where}, not {(n_envs, *part.shape)},"  # type: ignore[misc]
+            )
+        check_numbers(value, name + "s", where)
+        check_finite(value, name, LARGEST_OBSERVATION, key)
+        if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
+            # Out of range they would be the index of another value, or of none
+            size = part.n if isinstance(part, spaces.Discrete) else part.nvec
+            fine = (value >= part.start) & (value < part.start + size)
+            if not fine.all():
+                index = tuple(np.argwhere(~fine)[0])
+                raise BadValueError(f"Environment {index[0]} gave the {name} {value[index]}{where}, which is not in {part},")
 
 
 class SubtrajectorySamples(NamedTuple):
@@ -202,12 +269,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
     def _allocate(self) -> None:
         self.check_size()
         n_places = self.buffer_size * self.n_envs
-        space = self.observation_space
-        subspaces: dict[Any, spaces.Space] = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
         # With more frames in a stack there might be times when nothing can be sampled
         max_stack = min(self.buffer_size - self.reach - 1, 255)
         self._storages = {
-            key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack) for key, subspace in subspaces.items()
+            key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack)
+            for key, subspace in subspaces_of(self.observation_space).items()
         }
         dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         self.actions = np.zeros((n_places, self.action_dim), dtype=dtype)
@@ -307,16 +373,23 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :param done: whether the episode ended, (n_envs,)
         :param infos: ``info["TimeLimit.truncated"]`` tells that an episode did not end by termination
         :raises ValueError: if the buffer is too small (at the first call)
-        :raises NonFiniteError: if an observation or reward is infinite or not a number; nothing is stored then
+        :raises BadValueError: if an observation or reward cannot be learned from; nothing is stored then
         """
         if not self._storages:
             self._allocate()
-        obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
+        action = np.reshape(action, (self.n_envs, self.action_dim))
         done = np.asarray(done, dtype=bool)
+        for name, value in (("reward", reward), ("done", done)):
+            if np.shape(value) != (self.n_envs,):
+                raise BadValueError(f"The environments gave {name}s of the shape {np.shape(value)}, not {(self.n_envs,)},")
+        reward = np.asarray(reward)
+        check_numbers(reward, "rewards")
+        check_finite(reward, "reward", LARGEST_REWARD)
         reward = np.asarray(reward, dtype=np.float32)
-        check_finite(reward, "reward")
-        check_finite(obs_, "observation")
-        check_finite(next_obs_, "final observation" if done.any() else "observation")
+        check_observations(obs, self.observation_space, self.n_envs)
+        final = "final observation" if done.any() else "observation"
+        check_observations(next_obs, self.observation_space, self.n_envs, final)
+        obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
 
         if self._running.any():
@@ -340,7 +413,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.full |= bool((next_head == 0).any())
         self._write_observations(self._ring + next_head, next_obs_, np.ones(self.n_envs, dtype=bool), ages=self._ages[places])
 
-        self.actions[places] = np.reshape(action, (self.n_envs, self.action_dim))
+        self.actions[places] = action
         self.rewards[places] = reward
         terminated = done & ~truncated
         self._flags[places] = PRESENT | STORED | np.where(terminated, TERMINATED, 0)

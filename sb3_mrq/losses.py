@@ -187,7 +187,8 @@ def policy_loss(q: th.Tensor, pre_activation: th.Tensor, pre_activation_weight: 
 def td_priority(q: th.Tensor, target: th.Tensor, alpha: float = 0.4, min_td_error: float = 1.0) -> th.Tensor:
     """
     Priority of LAP (Fujimoto et al., 2020, arXiv 2007.06049): the largest absolute error of the heads, at least
-    ``min_td_error``, to the power ``alpha``.
+    ``min_td_error``, to the power ``alpha``. Where rewards shrink so much that the target leaves the range of float32, the
+    error counts as the largest number: the priority stays finite, as the gradient of the Huber loss does.
 
     :param q: (B, n_critics)
     :param target: (B, 1)
@@ -195,4 +196,4 @@ def td_priority(q: th.Tensor, target: th.Tensor, alpha: float = 0.4, min_td_erro
     :param min_td_error: errors below this share one priority (where the Huber loss is quadratic)
     :return: (B,)
     """
-    return (q - target).abs().amax(dim=1).clamp_min(min_td_error) ** alpha
+    return (q - target).abs().amax(dim=1).clamp(min_td_error, th.finfo(q.dtype).max) ** alpha

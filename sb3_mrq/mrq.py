@@ -20,16 +20,16 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import (
-    NonFiniteError,
+    BadValueError,
     NStepSamples,
     SubtrajectoryReplayBuffer,
     SubtrajectorySamples,
-    check_finite,
+    check_observations,
 )
 from sb3_mrq.checkpoints import resume, set_generators
 from sb3_mrq.device_replay import DeviceReplay
@@ -247,7 +247,14 @@ class MRQ(OffPolicyAlgorithm):
         # Both raise errors for spaces that are not supported, with the remedy
         check_observation_space(env.observation_space)
         make_actions(env.action_space)
-        return OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        if isinstance(wrapped, VecTransposeImage) and unwrap_vec_normalize(wrapped) is not None:
+            # Original observations, which are stored, and final ones would have their axes in another order
+            raise ValueError(
+                "VecNormalize is around images whose channels come last: put a VecTransposeImage inside of it, as in "
+                "VecNormalize(VecTransposeImage(env))."
+            )
+        return wrapped
 
     def _check_hyperparameters(self) -> None:
         """
@@ -374,9 +381,16 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
-        total_timesteps, callback = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        try:
+            total_timesteps, callback = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
+            self._check_vec_normalize()
+        except BaseException as error:
+            # Whether the environment was reset is not known
+            self._last_obs = None
+            self._explain_dead_worker(error)
+            raise
         if self.compile_updates == "auto":
             steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
@@ -389,8 +403,8 @@ class MRQ(OffPolicyAlgorithm):
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
         try:
-            self._check_finite(obs)
-        except NonFiniteError:
+            self._check_observations(obs)
+        except BadValueError:
             self._last_obs = None
             raise
         if self.resumed_generators is not None:
@@ -454,27 +468,65 @@ class MRQ(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         # The first observation of the next episode is not stored now, but acted on before it is
-        self._check_finite(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
+        self._check_observations(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
         try:
+            for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
+                # SB3 would take the first observation of the next episode
+                if done and info.get("terminal_observation") is None:
+                    raise BadValueError(f"Environment {i} gave no final observation")
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        except NonFiniteError as error:
+        except BadValueError as error:
             raise self._at_this_step(error) from None
 
-    def _check_finite(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
+    def _check_observations(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
         :param obs: observations of all environments, before normalisation
-        :raises NonFiniteError: if one is infinite or not a number
+        :raises BadValueError: if one cannot be learned from
         """
         try:
-            check_finite(obs, "observation")
-        except NonFiniteError as error:
+            check_observations(obs, self.observation_space, self.n_envs)
+        except BadValueError as error:
             raise self._at_this_step(error) from None
 
-    def _at_this_step(self, error: NonFiniteError) -> NonFiniteError:
-        return NonFiniteError(
+    def _at_this_step(self, error: BadValueError) -> BadValueError:
+        return type(error)(
             f"{error} at step {self.num_timesteps}, from which MR.Q cannot learn: mend the environment or clip what it gives. "
             "The replay buffer holds what came before."
         )
+
+    def _check_vec_normalize(self) -> None:
+        """
+        :raises ValueError: if the statistics of ``VecNormalize`` would make all that it normalises not a number
+        """
+        env = self._vec_normalize_env
+        if env is None or not env.training:
+            return
+        statistics = [env.ret_rms] if env.norm_reward else []
+        if env.norm_obs:
+            statistics += list(env.obs_rms.values()) if isinstance(env.obs_rms, dict) else [env.obs_rms]
+        if not all(np.isfinite(value).all() for rms in statistics for value in (rms.mean, rms.var)):
+            raise ValueError(
+                "The running statistics of VecNormalize are not finite, as an observation or a reward was not: continue with "
+                "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, by way of set_env."
+            )
+
+    def _explain_dead_worker(self, error: BaseException) -> None:
+        """
+        :param error: raised by an environment
+        :raises RuntimeError: if it comes from a pipe to a process that has ended, of which it says nothing
+        """
+        if self.env is None or not isinstance(error, (EOFError, ConnectionError)):
+            return
+        processes = getattr(self.env.unwrapped, "processes", [])
+        for process in processes:
+            process.join(timeout=0.1)  # its pipe is closed a moment before it has ended
+        dead = [i for i, process in enumerate(processes) if not process.is_alive()]
+        if dead:
+            raise RuntimeError(
+                f"The process of environment {dead[0]} ended at step {self.num_timesteps}, with exit code "
+                f"{processes[dead[0]].exitcode}: see its output, or run the environment in a DummyVecEnv, for the reason. The "
+                "replay buffer holds what came before; continue with new environments by way of set_env."
+            ) from error
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
@@ -484,8 +536,9 @@ class MRQ(OffPolicyAlgorithm):
         try:
             rollout = super().collect_rollouts(*args, **kwargs)
             complete = rollout.continue_training
-        except (EOFError, ConnectionError):
+        except (EOFError, ConnectionError) as error:
             if self.stop_signals is None or not self.stop_signals.arrived():
+                self._explain_dead_worker(error)
                 raise
             # Ctrl-C reaches the processes of the environments as well, which are gone now
             rollout = RolloutReturn(0, 0, continue_training=False)

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch as th
 from envs import (
     BOX,
     IMAGE,
@@ -24,7 +25,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
@@ -263,3 +264,148 @@ def test_values_that_are_not_finite_behind_vec_normalize(training, fault, value)
 def test_reward_bins_that_float32_cannot_hold():
     with pytest.raises(ValueError, match=r"reward_bins_limit is 100"):
         tiny_model(SpaceEnv(), policy_kwargs={"reward_bins_limit": 100.0})
+
+
+@pytest.mark.parametrize(("fault", "value"), [("observation", np.inf), ("reward", np.inf)])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_vec_normalize_that_a_bad_value_has_spoilt(fault, value):
+    """Its statistics stay infinite or not a number, and so would be all that it normalises."""
+    env = VecNormalize(make_vec_env(lambda: Faulty(SpaceEnv(), fault, value, 15), 1))
+    model = tiny_model(env)
+    with pytest.raises(ValueError, match=fault):
+        model.learn(30)
+    updates = model._n_updates
+    with pytest.raises(ValueError, match=r"statistics of VecNormalize are not finite.*set_env"):
+        model.learn(30)
+    assert model._n_updates == updates
+    model.set_env(VecNormalize(make_vec_env(SpaceEnv, 1)))
+    learn_and_check(model, 30)
+
+
+@pytest.mark.parametrize("value", [1e19, -1e38])
+@pytest.mark.parametrize("fault", ["observation", "final observation", "first observation"])
+def test_observations_too_large_for_float32(fault, value):
+    """Layer normalisation would square them to infinity, and make zeros or nan of all features."""
+    model = tiny_model(Faulty(SpaceEnv(), fault, value, 15))
+    name = {"first observation": "observation"}.get(fault, fault)
+    with pytest.raises(ValueError, match=f"Environment 0 gave the {name} .*largest allowed is 1e.18.*clip"):
+        model.learn(30)
+    assert all(th.isfinite(weight).all() for weight in model.policy.state_dict().values())
+    learn_and_check(model, 20)
+
+
+@pytest.mark.parametrize("reward", [1e30, -1e30])
+def test_largest_reward(reward):
+    learn_and_check(tiny_model(SpaceEnv(reward=reward)), 30)
+
+
+@pytest.mark.parametrize("reward", [2e30, -1e38])
+def test_reward_too_large_for_float32(reward):
+    model = tiny_model(Faulty(SpaceEnv(), "reward", reward, 15))
+    with pytest.raises(ValueError, match=r"Environment 0 gave the reward .*largest allowed is 1e\+30"):
+        model.learn(30)
+    learn_and_check(model, 20)
+
+
+def test_huge_rewards_that_leave_the_buffer():
+    """With the last of them the reward scale falls from 1e30 to 1e-8: values in the new units do not fit into float32."""
+    env = SpaceEnv(reward=1e30, length=4)
+    model = tiny_model(env, buffer_size=30, target_update_interval=2)
+    model.learn(30)
+    env.reward = 0.0
+    model.learn(60, reset_num_timesteps=False)
+    assert model.target_reward_scale == model.reward_scale == 1e-8
+    assert all(th.isfinite(weight).all() for weight in model.policy.state_dict().values())
+    assert np.isfinite(model.replay_buffer.max_priority)
+
+
+@pytest.mark.parametrize("value", [4, -1])
+@pytest.mark.parametrize(
+    "space", [spaces.Discrete(4), spaces.MultiDiscrete([3, 4]), spaces.Dict(vector=spaces.Discrete(4))], ids=str
+)
+def test_discrete_observation_that_is_not_in_the_space(space, value):
+    """It would be the index of nothing, and stay in the buffer."""
+
+    class OutOfRange(SpaceEnv):
+        steps = 0
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            self.steps += 1
+            if self.steps == 15:
+                obs = {"vector": value} if isinstance(obs, dict) else np.full_like(obs, value)
+            return obs, *rest
+
+    model = tiny_model(OutOfRange(space), policy_for(space))
+    with pytest.raises(ValueError, match=f"gave the observation {value}.* not in .*Discrete.* at step 15"):
+        model.learn(30)
+    learn_and_check(model, 20)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1,)])
+def test_observations_of_another_shape_than_the_space(shape):
+    """As ``SubprocVecEnv`` stacks whatever it is given."""
+    buffer = SubtrajectoryReplayBuffer(50, VECTOR, BOX, "cpu", n_envs=2)
+    good = np.zeros((2, 3)), np.ones((2, 3)), np.zeros((2, 2)), np.ones(2), np.zeros(2, dtype=bool), [{}, {}]
+    buffer.add(*good)
+    flags = buffer._flags.copy()
+    wrong = np.zeros((2, *shape))
+    with pytest.raises(ValueError, match=re.escape(f"observations of the shape {wrong.shape}, not (2, 3)")):
+        buffer.add(good[1], wrong, *good[2:])
+    with pytest.raises(ValueError, match=re.escape("rewards of the shape (2, 1), not (2,)")):
+        buffer.add(good[1], good[1], good[2], np.ones((2, 1)), *good[4:])
+    np.testing.assert_array_equal(buffer._flags, flags)
+    assert buffer.size() == 2
+
+
+def test_reset_that_fails():
+    """Where the environment stands is not known then: the next ``learn`` begins with a reset, whatever it is told."""
+
+    class Unreliable(CounterEnv):
+        broken = False
+
+        def reset(self, **kwargs):
+            obs = super().reset(**kwargs)
+            if self.broken:
+                raise RuntimeError("The simulator could not be reset.")
+            return obs
+
+    env = Unreliable(length=50)
+    model = tiny_model(env)
+    model.learn(15)
+    env.broken = True
+    with pytest.raises(RuntimeError, match="could not be reset"):
+        model.learn(15)
+    env.broken = False
+    model.learn(15, reset_num_timesteps=False)
+    check_counter_transitions(model.replay_buffer, 50, "truncated")
+
+
+def test_box_action_whose_range_does_not_fit():
+    largest = np.finfo(np.float64).max
+    with pytest.raises(ValueError, match="give bounds"):
+        tiny_model(SpaceEnv(action_space=spaces.Box(-largest, largest, (2,), dtype=np.float64)))
+
+
+def test_episode_without_a_final_observation():
+    """SB3 takes the first observation of the next episode where there is none."""
+
+    class NoFinal(SpaceEnv):
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return (None if self.t == self.length else obs), *rest
+
+    model = tiny_model(NoFinal(length=6))
+    with pytest.raises(ValueError, match="Environment 0 gave no final observation at step 6"):
+        model.learn(20)
+    assert model.replay_buffer.size() == 5
+
+
+@pytest.mark.parametrize("space", [IMAGE, DICT], ids=["image", "dict"])
+def test_vec_normalize_around_images_to_be_transposed(space):
+    """What VecNormalize keeps of them has its axes in the environment's order, not in that of the policy."""
+    policy = policy_for(space)
+    with pytest.raises(ValueError, match=r"VecNormalize\(VecTransposeImage\(env\)\)"):
+        tiny_model(VecNormalize(make_vec_env(lambda: SpaceEnv(space), 1)), policy)
+    model = tiny_model(VecNormalize(VecTransposeImage(make_vec_env(lambda: SpaceEnv(space), 1))), policy)
+    learn_and_check(model, 30)

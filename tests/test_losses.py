@@ -665,6 +665,17 @@ def test_td_priority_floor_and_larger_error():
     np.testing.assert_allclose(priorities.numpy(), [1.0, 4.0, 4.0], rtol=1e-12)
 
 
+def test_target_beyond_float32():
+    """Rewards of 1e30 have left the buffer, zeros remain: loss infinite, but gradient and priority are not."""
+    target = value_target(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([[9.0, 8.0], [-9.0, -8.0]]), 1e-8, 1e30)
+    assert target.isinf().all()
+    q = torch.zeros(2, 2, requires_grad=True)
+    value_loss(q, target).backward()
+    torch.testing.assert_close(q.grad, torch.tensor([[-0.25, -0.25], [0.25, 0.25]]))
+    priorities = td_priority(q.detach(), target)
+    torch.testing.assert_close(priorities, torch.full((2,), torch.finfo(torch.float32).max) ** 0.4)
+
+
 def test_td_priority_takes_exponent_and_floor():
     """Section 7 with other constants than the paper's."""
     q = torch.tensor([[1.0, -3.0], [9.0, 2.0]], dtype=torch.float64)

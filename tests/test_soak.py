@@ -1,0 +1,171 @@
+"""
+A long run on a small network, behind the marker ``long``: ``pytest -m long -s tests/test_soak.py`` prints its figures.
+``MRQ_SOAK_STEPS`` shortens it.
+"""
+
+import os
+import sys
+import time
+from itertools import pairwise
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from envs import TINY_POLICY, tiny_model
+from gymnasium import spaces
+from scipy import stats
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_mrq.buffers import ENDED, STORED, SubtrajectoryReplayBuffer
+
+STEPS = int(os.environ.get("MRQ_SOAK_STEPS", 300_000))
+BUFFER_SIZE = STEPS // 15
+CHUNK = STEPS // 150  # environment steps between two measurements
+N_ENVS = 2
+
+
+class Wander(gym.Env):
+    """Episodes of 1 to 200 steps, some of which terminate; rewards of several magnitudes."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (5,), dtype=np.float32)
+    action_space = spaces.Box(-1, 1, (2,), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 201))
+        self.terminates = bool(self.np_random.random() < 0.5)
+        self.position = self.np_random.normal(size=5)
+        return self.position.astype(np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        self.position = 0.9 * self.position + 0.3 * self.np_random.normal(size=5)
+        self.position[:2] += 0.1 * action
+        reward = float(-np.square(self.position).sum() + 100.0 * (self.np_random.random() < 0.001))
+        ended = self.left == 0
+        return self.position.astype(np.float32), reward, ended and self.terminates, ended and not self.terminates, {}
+
+
+class RecordingBuffer(SubtrajectoryReplayBuffer):
+    """Keeps in ``assigned`` the priority that each place was given last, beside the tree."""
+
+    def _allocate(self):
+        super()._allocate()
+        self.assigned = np.zeros(self.buffer_size * self.n_envs)
+
+    def _activate(self, places):
+        super()._activate(places)
+        self.assigned[places] = self.max_priority
+
+    def update_priorities(self, indices, priorities):
+        super().update_priorities(indices, priorities)
+        self.assigned[indices] = priorities
+
+
+def resident_memory():
+    """Of this process, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Meter(BaseCallback):
+    """
+    Takes the memory and the processor time of each chunk, the latter in units of a yardstick timed beside it: the same updates
+    of another learner each time, which tell how fast the machine is at that moment.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.yardstick, self.memory, self.wraps = [], [], [], []
+
+    def _on_training_start(self):
+        self.other = tiny_model(make_vec_env(Wander, N_ENVS), buffer_size=1000, batch_size=32, seed=1)
+        self.other.learn(400)
+        self.batch = self.other.replay_buffer.sample_n_step(32)
+        for network in (self.other.critic, self.other.actor):
+            for group in network.optimizer.param_groups:
+                group["lr"] = 0.0  # so that it stays the same
+        self.place, self.times_around = 0, 0
+        self.start = time.process_time()
+
+    def _on_step(self):
+        buffer = self.model.replay_buffer
+        self.times_around += buffer.pos < self.place
+        self.place = buffer.pos
+        if self.num_timesteps % CHUNK == 0:
+            now = time.process_time()
+            self.seconds.append(now - self.start)
+            self.memory.append(resident_memory())
+            self.wraps.append(self.times_around)
+            before = time.process_time()
+            for _ in range(100):
+                self.other._update_value_and_policy(self.batch)
+            self.other._value_policy_metrics.clear()
+            self.start = time.process_time()
+            self.yardstick.append(self.start - before)
+        return True
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+def test_soak():
+    env = make_vec_env(Wander, N_ENVS, seed=0)
+    model = tiny_model(
+        env,
+        buffer_size=BUFFER_SIZE,
+        replay_buffer_class=RecordingBuffer,
+        learning_starts=1000,
+        batch_size=32,
+        target_update_interval=250,
+        train_freq=4,
+        gradient_steps=4,
+        policy_kwargs=TINY_POLICY,
+    )
+    meter = Meter()
+    model.learn(STEPS, callback=meter)
+    buffer = model.replay_buffer
+    assert model.num_timesteps >= STEPS and model._n_updates > 0.4 * (STEPS - model.learning_starts)
+
+    times = np.array(meter.seconds) / np.array(meter.yardstick)
+    memory = np.array(meter.memory)
+    settled = np.flatnonzero(np.array(meter.wraps) >= 2)  # since the first wrap, of each place: the chunks to compare
+    third = len(settled) // 3
+    early, late = settled[:third], settled[-third:]
+    slowdown = np.median(times[late]) / np.median(times[early]) - 1
+    growth = memory[late].max() - memory[early].max()
+
+    # Sampling: sums of the tree, what it should hold, and what comes out of it
+    levels = buffer._priorities._levels
+    leaves = levels[0].reshape(-1)[: len(buffer._flags)]
+    for children, parents in pairwise(levels):
+        np.testing.assert_array_equal(children.sum(axis=1), parents.reshape(-1)[: len(children)])
+    places, probabilities = buffer.sampling_probabilities()
+    np.testing.assert_array_equal(leaves[places], buffer.assigned[places])
+    np.testing.assert_allclose(probabilities, leaves[places] / leaves.sum(), rtol=1e-12)
+    stored = np.flatnonzero(buffer._flags & STORED)
+    assert buffer.n_sampleable == len(places) and buffer.size() == len(stored)
+    # All but the last of the running episodes, whose horizon is not complete
+    waiting = np.setdiff1d(stored, places)
+    assert set(places) <= set(stored) and len(waiting) < N_ENVS * buffer.reach
+    assert not (buffer._flags[waiting] & ENDED).any()
+    draws = np.bincount(np.concatenate([buffer._priorities.sample(10_000) for _ in range(200)]), minlength=len(leaves))
+    assert draws.sum() == draws[places].sum()
+    p_value = stats.chisquare(draws[places], probabilities * draws.sum()).pvalue
+
+    print(
+        f"\n{STEPS} steps, {model._n_updates} training steps, {meter.times_around + buffer.full - 1} wraps of {BUFFER_SIZE} "
+        f"places; memory {memory[early].max():.1f} MB after the first wrap, {memory[late].max():.1f} MB at the end "
+        f"({growth:+.2f} MB); time of a chunk of {CHUNK} steps {np.median(np.array(meter.seconds)[early]):.2f} s early, "
+        f"{np.median(np.array(meter.seconds)[late]):.2f} s late, relative to the yardstick {slowdown:+.2%}; priorities "
+        f"{leaves[places].min():.3g} to {leaves[places].max():.3g}, {len(places)} starts, chi-square p = {p_value:.3f}; "
+        f"process time {time.process_time():.0f} s"
+    )
+    assert all(th.isfinite(value).all() for value in model.policy.state_dict().values())
+    assert len(np.unique(leaves[places])) > 100, "nothing to tell from uniform sampling"
+    assert p_value > 1e-4
+    assert meter.times_around >= 5
+    if STEPS >= 100_000:  # figures of a short run are no more than noise
+        assert growth < 1.0
+        assert slowdown < 0.05

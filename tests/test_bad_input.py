@@ -401,11 +401,15 @@ def test_episode_without_a_final_observation():
     assert model.replay_buffer.size() == 5
 
 
-@pytest.mark.parametrize("space", [IMAGE, DICT], ids=["image", "dict"])
-def test_vec_normalize_around_images_to_be_transposed(space):
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [(IMAGE, {"norm_obs": False}), (DICT, {"norm_obs_keys": ["vector"]})],
+    ids=["image", "dict"],
+)
+def test_vec_normalize_around_images_to_be_transposed(space, settings):
     """What VecNormalize keeps of them has its axes in the environment's order, not in that of the policy."""
     policy = policy_for(space)
     with pytest.raises(ValueError, match=r"VecNormalize\(VecTransposeImage\(env\)\)"):
-        tiny_model(VecNormalize(make_vec_env(lambda: SpaceEnv(space), 1)), policy)
-    model = tiny_model(VecNormalize(VecTransposeImage(make_vec_env(lambda: SpaceEnv(space), 1))), policy)
-    learn_and_check(model, 30)
+        tiny_model(VecNormalize(make_vec_env(lambda: SpaceEnv(space), 1), **settings), policy)
+    env = VecTransposeImage(make_vec_env(lambda: SpaceEnv(space), 1))
+    learn_and_check(tiny_model(VecNormalize(env, **settings), policy), 30)

@@ -77,6 +77,7 @@ class RandomActions(VecEnvWrapper):
 class EvaluationCallback(BaseCallback):
     """
     Evaluate every so many steps and before the first one, append the returns to a CSV file, and stop where the task is solved.
+    Where a resumed run goes on, so does its file, from the step that it was resumed at.
 
     :param env: evaluation environments
     :param path: CSV file; its heading is written where it does not exist
@@ -98,7 +99,20 @@ class EvaluationCallback(BaseCallback):
     def _on_training_start(self) -> None:
         self.start = time.monotonic()
         self.next_evaluation = 0
+        if self.num_timesteps > 0:
+            self._go_on()
         self._evaluate_if_due()
+
+    def _go_on(self) -> None:
+        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+        with self.path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["timesteps"]) <= self.num_timesteps]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        # What was trained between the last evaluation and the interruption is counted once, not twice
+        self.start -= float(rows[-1]["seconds"])
 
     def _evaluate_if_due(self) -> bool:
         if self.num_timesteps < self.next_evaluation:

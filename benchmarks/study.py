@@ -5,8 +5,9 @@ Train every task, algorithm and seed of a study, several at once, and gather the
     python -m benchmarks.study --tasks CartPole-v1 Acrobot-v1 --algos mrq,dqn,qrdqn --seeds 2 --steps 30000 --out runs/discrete
 
 Each run is rl-zoo3's training script, with its hyperparameters, in a process of its own; it evaluates every so many steps,
-before the first one too. Runs that are finished are skipped when the same command is given again, runs that were broken off
-begin anew, and those that fail are named at the end. ``<out>/results.csv`` holds a row for every evaluation.
+before the first one too. When the same command is given again, runs that are finished are skipped, and those that were broken
+off go on from their last checkpoint (those of other algorithms than MRQ begin anew). Runs that fail are named at the end.
+``<out>/results.csv`` holds a row for every evaluation.
 
 ``--backend ray`` distributes the runs over a Ray cluster whose machines share the folder ``--out``.
 """
@@ -16,6 +17,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,8 +32,10 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.evaluation import COLUMNS
+from sb3_mrq.checkpoints import list_checkpoints
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION
 from sb3_mrq.zoo.configuration import closest
+from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
 #: tasks, training steps of the paper and steps between two evaluations
 SUITES: dict[str, tuple[tuple[str, ...], int, int]] = {
@@ -110,11 +114,21 @@ class Run:
         command += ["--algo", algo, "--env", self.task, "--seed", str(self.seed), "--n-timesteps", str(self.steps)]
         command += ["--num-threads", str(self.threads), "--device", self.device, "--log-folder", str(self.folder / "zoo")]
         command += ["--eval-freq", "-1", "--verbose", "0"]
+        if self.can_go_on():
+            command += ["--trained-agent", str(self.folder / CHECKPOINTS)]
         section = zoo_section(algo, self.task)
         if section is not None:
             command += ["--conf-file", str(self.folder / "hyperparams.yml")]
         given = [*(f"{name}:{value}" for name, value in hyperparams.items()), *self.hyperparams]
         return command + (["--hyperparams", *given] if given else [])
+
+    def can_go_on(self) -> bool:
+        """
+        :return: whether there is a checkpoint of a run with these settings
+        """
+        settings, checkpoints = self.folder / "settings.json", self.folder / CHECKPOINTS
+        same = settings.exists() and json.loads(settings.read_text()) == self.settings
+        return same and checkpoints.is_dir() and bool(list_checkpoints(checkpoints))
 
     def finished(self) -> bool:
         """
@@ -149,22 +163,25 @@ def execute(run: Run) -> str | None:
     :return: None, or what went wrong
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("evaluations.csv", "run.json"):
-        (run.folder / name).unlink(missing_ok=True)
+    (run.folder / "run.json").unlink(missing_ok=True)
+    if not run.can_go_on():
+        (run.folder / "evaluations.csv").unlink(missing_ok=True)
+        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+        (run.folder / "settings.json").write_text(json.dumps(run.settings, indent=2) + "\n")
+    command = run.command()
     section = zoo_section(VARIANTS.get(run.algorithm, (run.algorithm,))[0], run.task)
     if section is not None:
         (run.folder / "hyperparams.yml").write_text(yaml.safe_dump({run.task: section}))
     environment = os.environ | {"OMP_NUM_THREADS": str(run.threads)}
     log = run.folder / "log.txt"
-    with log.open("w") as file:
-        print(shlex.join(run.command()), file=file, flush=True)
-        process = subprocess.Popen(run.command(), stdout=file, stderr=subprocess.STDOUT, env=environment)
+    with log.open("a") as file:
+        print(shlex.join(command), file=file, flush=True)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         with running_lock:
             running.add(process)
         try:
             code = process.wait()
         finally:
-            process.kill()
             with running_lock:
                 running.discard(process)
     if code:
@@ -191,7 +208,7 @@ def run_locally(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str | None]]:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
-            # Ctrl-C: nothing new is started, and nothing goes on
+            # Ctrl-C: nothing new is started, and what is running ends, MRQ with a checkpoint
             pool.shutdown(wait=False, cancel_futures=True)
             with running_lock:
                 for process in running:

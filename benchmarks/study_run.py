@@ -5,18 +5,23 @@ One run of ``benchmarks.study``: rl-zoo3's training script, with the benchmarks'
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import rl_zoo3.train
 from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from benchmarks.evaluation import EvaluationCallback, RandomActions, machine, versions
+from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.zoo.cli import run
-from sb3_mrq.zoo.exp_manager import MRQExperimentManager
+from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
 # Section 5 of the paper's appendix: now and then, on Atari
 RANDOM_ACTIONS = 0.001
+# Steps between two checkpoints, from which a run of mrq goes on that was broken off
+CHECKPOINT_FREQ = 5_000
 
 
 class StudyManager(MRQExperimentManager):
@@ -34,6 +39,8 @@ class StudyManager(MRQExperimentManager):
         env.seed(self.seed + 1000)
         if ExperimentManager.is_atari(self.env_name.gym_id):
             env = RandomActions(env, RANDOM_ACTIONS, self.seed)
+        if self.algo == "mrq":
+            self.callbacks.append(ResumableCheckpointCallback(CHECKPOINT_FREQ, self.folder / CHECKPOINTS, keep_last=1))
         self.callbacks.append(
             EvaluationCallback(
                 env,
@@ -44,10 +51,14 @@ class StudyManager(MRQExperimentManager):
             )
         )
 
-    def save_trained_model(self, model) -> None:
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        if model.num_timesteps < self._n_timesteps_given:
+            # Stopped by a signal, after a checkpoint
+            sys.exit("stopped before the end")
         super().save_trained_model(model)
         record = {"versions": versions(), "machine": machine(model.device), "command": sys.argv}
         (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
 
 def main() -> None:

@@ -74,6 +74,22 @@ class TestStudy:
         assert record.stat().st_mtime_ns > before[0] and (folder / "run.json").stat().st_mtime_ns == before[1]
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
+    def test_goes_on_where_it_was_broken_off(self, tmp_path, monkeypatch):
+        """A run of MRQ that is killed goes on from its last checkpoint, and its evaluations do too."""
+        run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
+        monkeypatch.setattr(study.Run, "command", breaking_off(study.Run.command))
+        assert "exit status 9" in study.execute(run)
+        assert run.can_go_on() and not run.finished()
+        evaluations = run.folder / "evaluations.csv"
+        # As of a step after the checkpoint
+        evaluations.write_text(evaluations.read_text() + "Pendulum-v1,35,0,-1,0,200,7\n")
+        first = list(csv.DictReader(evaluations.open()))
+        assert study.execute(run) is None and run.finished()
+        rows = list(csv.DictReader(evaluations.open()))
+        assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
+        assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
+        assert not run.can_go_on()
+
     def test_other_settings_are_other_runs(self, tmp_path):
         runs = [
             study.parse(["--tasks", "Pendulum-v1", "--steps", steps, "--out", str(tmp_path)])[1][0] for steps in ("5", "6")
@@ -89,6 +105,24 @@ class TestStudy:
             study.main([*arguments, "--backend", "ray"])
         output = capsys.readouterr().out
         assert "1 of 2 runs are in" in output and "FAILED dqn on Pendulum-v1, seed 0: exit status 1" in output
+
+
+def breaking_off(command):
+    """Commands of runs with a checkpoint every ten steps, the first of which is killed by the 31st step."""
+    code = (
+        "import os, sys, benchmarks.study_run as run; from sb3_mrq import MRQ\n"
+        "run.CHECKPOINT_FREQ, store = 10, MRQ._store_transition\n"
+        "def dying(self, *args):\n"
+        "    if self.num_timesteps == 31 and '--trained-agent' not in sys.argv: os._exit(9)\n"
+        "    store(self, *args)\n"
+        "MRQ._store_transition = dying; run.main()"
+    )
+
+    def changed(run):
+        python, _, _, *arguments = command(run)
+        return [python, "-c", code, *arguments]
+
+    return changed
 
 
 def test_random_actions():

@@ -63,9 +63,11 @@ def check_finite(value: np.ndarray, name: str, largest: float, key: Any = None) 
     :param key: of an observation that is a dict
     :raises NonFiniteError: if a number is infinite, not a number, or larger
     """
-    if not np.issubdtype(value.dtype, np.floating):
+    range_ = np.finfo(value.dtype) if value.dtype.kind == "f" else np.iinfo(value.dtype) if value.dtype.kind in "iu" else None
+    if range_ is None or (value.dtype.kind != "f" and range_.max <= largest):
         return
-    fine = np.abs(value) <= min(largest, float(np.finfo(value.dtype).max))
+    bound = min(largest, float(range_.max))
+    fine = (value >= -bound) & (value <= bound)
     if not fine.all():
         index = tuple(np.argwhere(~fine)[0])
         where = "" if key is None else f" under {key!r}"

@@ -120,6 +120,8 @@ def random_value(space, rng):
         largest = min(1e18, 0.5 * float(np.finfo(space.dtype).max))
         size = rng.choice([0.0, 1e-45, 1.0, 1.0, 1.0, largest])
         return np.clip(size * rng.uniform(-1, 1, space.shape), space.low, space.high).astype(space.dtype)
+    if isinstance(space, spaces.Box) and space.dtype == np.int64:
+        return rng.integers(np.maximum(space.low, -(10**18)), np.minimum(space.high, 10**18), endpoint=True)
     if isinstance(space, spaces.Box):
         return rng.integers(space.low, space.high, endpoint=True, dtype=space.dtype)
     if isinstance(space, spaces.MultiBinary):

@@ -294,6 +294,13 @@ def test_observations_too_large_for_float32(fault, value):
     learn_and_check(model, 20)
 
 
+def test_integers_too_large_for_float32():
+    space = spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (3,), dtype=np.int64)
+    env = SpaceEnv(space)
+    with pytest.raises(ValueError, match=r"Environment 0 gave the observation .*largest allowed is 1e\+18.*clip"):
+        tiny_model(env).learn(30)
+
+
 @pytest.mark.parametrize("reward", [1e30, -1e30])
 def test_largest_reward(reward):
     learn_and_check(tiny_model(SpaceEnv(reward=reward)), 30)

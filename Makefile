@@ -1,7 +1,8 @@
 # make test                                            everything that is checked, in under 15 minutes on two cores
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
+# make docs                                            builds the documentation site into build/docs
 #
-# Both set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
+# All set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
 # otherwise an environment is made in VENV, .venv by default.
 
 SHELL := /bin/bash
@@ -27,7 +28,7 @@ else
 endif
 stamp := $(prefix)/sb3-mrq-is-installed
 
-.PHONY: test lint type pytest format train setup system clean
+.PHONY: test lint type pytest docs format train setup system clean
 
 test: lint type pytest
 
@@ -41,6 +42,10 @@ type: setup
 # Two workers share two cores, hence one thread each. A file stays on one worker, with what its tests share.
 pytest: setup
 	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=10
+
+# Strictly: a broken link or a page outside of the navigation stops it. `python -m http.server -d build/docs` shows the site.
+docs: setup
+	$(python) -m mkdocs build --strict --config-file .mkdocs.yml
 
 format: setup
 	$(python) -m ruff check --fix

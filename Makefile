@@ -45,7 +45,7 @@ pytest: setup
 
 # Strictly: a broken link or a page outside of the navigation stops it. `python -m http.server -d build/docs` shows the site.
 docs: setup
-	$(python) -m mkdocs build --strict --config-file .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --config-file .mkdocs.yml
 
 format: setup
 	$(python) -m ruff check --fix

@@ -1,13 +1,14 @@
 """
-The roles that docstrings have for Sphinx, such as ``:class:`~sb3_mrq.mrq.MRQ```, as the cross-references of mkdocstrings.
+What docstrings have for Sphinx and mkdocstrings does not know: roles such as ``:class:`~sb3_mrq.mrq.MRQ```, and named tuples whose
+fields are documented as parameters.
 """
 
 import re
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Class, Extension, Object
 
-ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(class|func|meth|mod|attr|data):`(~?)([\w.]+)`")
 
 
 def convert(text: str) -> str:
@@ -17,10 +18,10 @@ def convert(text: str) -> str:
     """
 
     def reference(match: re.Match[str]) -> str:
-        short, name = match.groups()
+        role, short, name = match.groups()
         title = name.rsplit(".", 1)[-1] if short else name
-        # A name of the module itself has no full path, and no page to refer to with certainty
-        return f"[`{title}`][{name}]" if "." in name else f"`{title}`"
+        # Modules have no anchor, and neither have names without a path
+        return f"`{title}`" if role == "mod" or "." not in name else f"[`{title}`][{name}]"
 
     return ROLE.sub(reference, text)
 
@@ -32,5 +33,8 @@ class SphinxRoles(Extension):
         """
         :param obj: a module, class, function or attribute
         """
-        if obj.docstring is not None:
-            obj.docstring.value = convert(obj.docstring.value)
+        if obj.docstring is None:
+            return
+        obj.docstring.value = convert(obj.docstring.value)
+        if isinstance(obj, Class) and any(str(base).endswith("NamedTuple") for base in obj.bases):
+            obj.docstring.value = obj.docstring.value.replace(":param ", ":ivar ")

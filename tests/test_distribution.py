@@ -83,10 +83,14 @@ def test_wheel_installs(dist, tmp_path):
     # The dependencies of this environment, but not what its .pth files add, such as an editable installation
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    code = "from importlib.resources import files; import sb3_mrq; print(sb3_mrq.__version__, files('sb3_mrq'), sep='\\n'); " + (
-        "assert files('sb3_mrq.hyperparams').joinpath('mrq.yml').is_file(); sb3_mrq.MRQ('MlpPolicy', 'CartPole-v1')"
-    )
-    version, folder = run(python, "-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()[:2]
+    code = """
+from importlib.resources import files
+import sb3_mrq
+assert files("sb3_mrq.hyperparams").joinpath("mrq.yml").is_file()
+sb3_mrq.MRQ("MlpPolicy", "CartPole-v1")
+print(sb3_mrq.__version__, files("sb3_mrq"), sep="\\n")
+"""
+    version, folder = run(python, "-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()
     assert version == VERSION
     assert Path(folder).resolve().is_relative_to(venv.resolve())
     assert list(scripts.glob("sb3-mrq*"))

@@ -1,6 +1,6 @@
 """
-The documentation site: it builds strictly and without the network, its links lead somewhere, its code runs, and what it says about
-arguments is so.
+The documentation site: it builds strictly and without the network, its links lead somewhere, its code runs, and what it says
+about arguments is so.
 """
 
 import ast

@@ -6,6 +6,9 @@ Draws the figure of the algorithm, algorithm.svg beside this file:
 Colours follow the theme of the reader, light or dark, by a media query inside of the file.
 """
 
+# Signs of mathematics are meant
+# ruff: noqa: RUF001
+
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -85,7 +88,9 @@ def flow(*points: tuple[float, float], style: str = "flow") -> None:
 
 def stop(x: float, y: float) -> None:
     """Where a gradient ends."""
-    shapes.append(f'<path class="stop" d="M{x - 4:g} {y + 9:g} {x - 1:g} {y - 9:g} M{x + 2:g} {y + 9:g} {x + 5:g} {y - 9:g}"/>')
+    shapes.append(
+        f'<path class="stop" d="M{x - 4:g} {y + 9:g} {x - 1:g} {y - 9:g} M{x + 2:g} {y + 9:g} {x + 5:g} {y - 9:g}"/>'
+    )
 
 
 def panel(top: float, height: float, title: str, note: str) -> None:

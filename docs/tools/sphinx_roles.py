@@ -1,6 +1,6 @@
 """
-What docstrings have for Sphinx and mkdocstrings does not know: roles such as ``:class:`~sb3_mrq.mrq.MRQ```, and named tuples whose
-fields are documented as parameters.
+What docstrings have for Sphinx and mkdocstrings does not know: roles such as ``:class:`~sb3_mrq.mrq.MRQ```, and named tuples
+whose fields are documented as parameters.
 """
 
 import re

@@ -1,8 +1,9 @@
 # make test                                            everything that is checked, in under 15 minutes on two cores
 # make test-oldest                                     the package itself on the oldest versions that it supports
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
+# make docs                                            builds the documentation site into build/docs
 #
-# Both set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
+# All set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
 # otherwise an environment is made in VENV, .venv by default.
 
 SHELL := /bin/bash
@@ -35,7 +36,7 @@ oldest_tests := $(addprefix tests/test_, $(addsuffix .py, action_spaces bad_inpu
 	save_load schedule spaces))
 oldest_stamp := $(OLDEST_VENV)/sb3-mrq-is-installed
 
-.PHONY: test test-oldest lint type pytest format train setup system clean
+.PHONY: test test-oldest lint type pytest docs format train setup system clean
 
 test: lint type pytest
 
@@ -57,6 +58,10 @@ $(oldest_stamp): pyproject.toml .ci/constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install -c .ci/constraints-oldest.txt -e . pytest pytest-xdist scipy
 	touch $@
+
+# Strictly: a broken link or a page outside of the navigation stops it. `python -m http.server -d build/docs` shows the site.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --config-file .mkdocs.yml
 
 format: setup
 	$(python) -m ruff check --fix

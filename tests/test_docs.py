@@ -1,0 +1,248 @@
+"""
+The documentation site: it builds strictly and without the network, its links lead somewhere, its code runs, and what it says
+about arguments is so.
+"""
+
+import ast
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from stable_baselines3 import DQN, SAC, TD3
+from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.sac.policies import SACPolicy
+from stable_baselines3.td3.policies import TD3Policy
+
+from sb3_mrq import MRQ
+from sb3_mrq.policies import MRQPolicy
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+# Steps that each `learn` on a page takes here at most. The more, the closer to what a reader sees, and the longer it takes.
+STEPS = int(os.environ.get("SB3_MRQ_DOCS_STEPS", "30"))
+SHORTEN = f"""
+from sb3_mrq import MRQ
+
+def shorten(init=MRQ.__init__, learn=MRQ.learn):
+    def short_init(self, *args, _init_setup_model=True, **kwargs):
+        if _init_setup_model:
+            kwargs |= dict(learning_starts={STEPS // 2}, batch_size=8, target_update_interval=2)
+        init(self, *args, _init_setup_model=_init_setup_model, **kwargs)
+
+    def short_learn(self, total_timesteps, *args, **kwargs):
+        return learn(self, min(total_timesteps, {STEPS}), *args, **kwargs)
+
+    MRQ.__init__, MRQ.learn = short_init, short_learn
+
+shorten()
+"""
+
+
+class Page(HTMLParser):
+    """What a built page refers to, and the anchors it has."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links: list[str] = []
+        self.resources: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        elif tag in ("script", "img", "iframe", "source") and attributes.get("src"):
+            self.resources.append(attributes["src"])
+        elif tag == "link" and attributes.get("href"):
+            self.resources.append(attributes["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Folder of the site, and its pages by their path in it."""
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml", "--site-dir", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    pages = {path.relative_to(folder).as_posix(): Page(path.read_text("utf-8")) for path in folder.rglob("*.html")}
+    return folder, pages
+
+
+def test_every_page_is_built(site):
+    _, pages = site
+    assert {f"{page.stem}.html" for page in PAGES} <= pages.keys()
+
+
+def test_nothing_comes_from_elsewhere(site):
+    folder, pages = site
+    for name, page in pages.items():
+        external = [resource for resource in page.resources if urlsplit(resource).netloc]
+        assert not external, f"{name} loads {external}"
+    for sheet in folder.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", sheet.read_text("utf-8")), sheet
+
+
+def test_links(site):
+    folder, pages = site
+    broken = []
+    for name, page in pages.items():
+        if name == "404.html":  # its links are those of a site at the root of a server
+            continue
+        for link in page.links + page.resources:
+            target = urlsplit(urljoin(name, link))
+            if target.scheme or target.netloc:
+                continue
+            path, anchor = unquote(target.path) or name, unquote(target.fragment)
+            if path.endswith("/") or path == ".":
+                path = urljoin(path, "index.html")
+            if not (folder / path).is_file() or (anchor and path in pages and anchor not in pages[path].ids):
+                broken.append(f"{name}: {link}")
+    assert not broken
+
+
+def test_roles_of_docstrings_are_references(site):
+    """Sphinx's roles have become links, and no parameter has lost its description."""
+    folder, _ = site
+    text = (folder / "api.html").read_text("utf-8")
+    assert ":class:" not in text and ":func:" not in text and ":param" not in text
+
+
+def test_figure_is_up_to_date():
+    path = DOCS / "figures" / "draw_algorithm.py"
+    spec = importlib.util.spec_from_file_location("draw_algorithm", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (DOCS / "figures" / "algorithm.svg").read_text("utf-8") == module.draw(), f"run python {path}"
+
+
+def code_of(page: Path) -> list[str]:
+    """The blocks of Python on a page, without those that begin with "# not run"."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if not block.startswith("# not run")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path):
+    """The blocks of a page, one after the other in one process, as a reader would type them."""
+    script = tmp_path / "page.py"
+    script.write_text(SHORTEN + "\n".join(code_of(page)), "utf-8")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of all tables of a page from a heading of the second level to the next, titles left out."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for line in section.group(1).splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def parameters_of(function) -> dict[str, inspect.Parameter]:
+    """The parameters of a constructor but for self."""
+    parameters = dict(inspect.signature(function).parameters)
+    del parameters["self"]
+    return parameters
+
+
+def check_default(name: str, cell: str, parameter: inspect.Parameter) -> None:
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        assert cell == "required", name
+    elif isinstance(default, type):
+        assert cell == f"`{default.__name__}`", name
+    else:
+        value = ast.literal_eval(cell.strip("`"))
+        assert value == default and type(value) in (type(default), int), f"{name} is {default}, not {cell}"
+
+
+@pytest.mark.parametrize(("heading", "owner"), [("MRQ", MRQ), ("policy_kwargs", MRQPolicy)])
+def test_hyperparameters(heading, owner):
+    """Each argument of the constructor has one line, with its default, and there are no others."""
+    parameters = parameters_of(owner.__init__)
+    table = rows("hyperparameters.md", heading)
+    names = [row[0].strip("`") for row in table]
+    assert len(names) == len(set(names))
+    assert set(names) == parameters.keys()
+    for name, (_, default, meaning, *_) in zip(names, table, strict=True):
+        check_default(name, default, parameters[name])
+        assert meaning, name
+
+
+SAME_EVERYWHERE = {"policy", "env", "gamma", "train_freq", "replay_buffer_kwargs", "stats_window_size", "tensorboard_log"} | {
+    "policy_kwargs",
+    "verbose",
+    "seed",
+    "device",
+    "_init_setup_model",
+}
+
+
+def test_migrating_from_all_three():
+    theirs = [parameters_of(algorithm.__init__) for algorithm in (TD3, SAC, DQN)]
+    table = {row[0].strip("`"): row[1:] for row in rows("migrating.md", "What all three have")}
+    shared = theirs[0].keys() & theirs[1].keys() & theirs[2].keys()
+    assert table.keys() == (shared - SAME_EVERYWHERE) | {"train_freq"}
+    ours = parameters_of(MRQ.__init__)
+    for name, cells in table.items():
+        if name == "replay_buffer_class":
+            continue
+        for cell, parameters in zip(cells, [*theirs, ours], strict=False):
+            if cell not in ("none", "no effect"):
+                check_default(name, cell, parameters[name])
+        assert (cells[3] == "none") == (name not in ours)
+
+
+@pytest.mark.parametrize("algorithm", [TD3, SAC, DQN], ids=lambda algorithm: algorithm.__name__)
+def test_migrating(algorithm):
+    """Each argument that only some of the three have is listed, with its default and with that of MRQ."""
+    parameters = parameters_of(algorithm.__init__)
+    table = {row[0].strip("`"): row[1:] for row in rows("migrating.md", algorithm.__name__)}
+    others = {row[0].strip("`") for row in rows("migrating.md", "What all three have")}
+    assert table.keys() == parameters.keys() - SAME_EVERYWHERE - others
+    ours = parameters_of(MRQ.__init__)
+    for name, (default, counterpart, *_) in table.items():
+        check_default(name, default, parameters[name])
+        if counterpart != "none":
+            our_name, our_default = counterpart.strip("`").split("=")
+            check_default(our_name, our_default, ours[our_name])
+
+
+def test_migrating_policies():
+    table = {row[0].strip("`"): row[1:] for row in rows("migrating.md", "policy_kwargs")}
+    for i, policy in enumerate((TD3Policy, SACPolicy, DQNPolicy)):
+        parameters = parameters_of(policy.__init__)
+        for name, cells in table.items():
+            if name == "net_arch":
+                continue
+            if cells[i] == "none":
+                assert name not in parameters
+            else:
+                check_default(name, cells[i], parameters[name])
+
+
+def test_contributors_find_what_is_named():
+    """The functions that the developers' page names are there."""
+    words = set(re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)+)`", (DOCS / "developers.md").read_text("utf-8")))
+    files = {path.name for folder in ("sb3_mrq", "tests") for path in (ROOT / folder).glob("*.py")}
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "sb3_mrq").glob("*.py"))
+    inherited = {"OffPolicyAlgorithm.learn", "env.step"}
+    for word in words - inherited - {"CONTRIBUTING.md"}:
+        if word.endswith(".py"):
+            assert word in files, word
+        else:
+            assert re.search(rf"\b(def|class) {word.rsplit('.', 1)[-1]}\b|\b{word.rsplit('.', 1)[-1]}\b", source), word

@@ -123,7 +123,9 @@ class EmbeddingHealth:
                 "tells states apart by nearly nothing."
             )
         elif self.effective_rank < LOW_RANK:
-            flags.append(f"{self.name} varies along one direction: effective rank {self.effective_rank:.2f} (limit {LOW_RANK:g}).")
+            flags.append(
+                f"{self.name} varies along one direction: effective rank {self.effective_rank:.2f} (limit {LOW_RANK:g})."
+            )
         if self.dormant_share > DORMANT_SHARE:
             flags.append(f"{self.name} has {self.dormant_share:.0%} dormant units (limit {DORMANT_SHARE:.0%}).")
         unit_norm = float(self.norms.mean()) / math.sqrt(self.dim)
@@ -460,7 +462,9 @@ def env_name(env: VecEnv) -> str:
         return type(env.unwrapped).__name__
 
 
-def _notes(model: MRQ, episodes: list[Episode], accuracy: ModelAccuracy, returns: ReturnComparison, max_steps: int) -> list[str]:
+def _notes(
+    model: MRQ, episodes: list[Episode], accuracy: ModelAccuracy, returns: ReturnComparison, max_steps: int
+) -> list[str]:
     """What restricts the numbers, a sentence each."""
     notes = []
     if model._n_updates == 0:
@@ -490,7 +494,7 @@ def _notes(model: MRQ, episodes: list[Episode], accuracy: ModelAccuracy, returns
 def diagnose(
     model: MRQ,
     env: GymEnv | str,
-    n_episodes: int = 10,
+    n_episodes: int = 20,
     seed: int | None = 0,
     exploration_noise: float = 0.0,
     max_steps: int = 20_000,
@@ -499,11 +503,11 @@ def diagnose(
     Play episodes with a trained model and measure what its embeddings, its linear model and its values are worth. Nothing of
     the model changes, nor do the global random generators; the environment is reset and stepped.
 
-    With ``VecNormalize``, observations and rewards are normalised by the statistics of the model's training environment, or, if
-    it has none, as ``env`` does it with the statistics that it has.
+    With ``VecNormalize``, observations and rewards are normalised by the statistics of the model's training environment, or,
+    if it has none, as ``env`` does it with the statistics that it has.
 
     :param model: the model
-    :param env: the environment, preferably another one than that of training: an environment, several as a ``VecEnv``, or an id
+    :param env: the environment, preferably another one than that of training, several as a ``VecEnv``, or the id of one
     :param n_episodes: number of episodes
     :param seed: of the environment, None to let its generators go on as they are
     :param exploration_noise: standard deviation of exploration noise as in training (0.2 by default there), for embeddings

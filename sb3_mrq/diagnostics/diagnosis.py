@@ -94,7 +94,6 @@ class EmbeddingHealth:
     :param effective_rank: exponential of the entropy of the spectrum, 0 where nothing varies
     :param unit_deviations: standard deviation of each unit in parts of the mean one, (Z,)
     :param dormant_share: part of the units whose deviation is at most ``measures.DORMANT``
-    :param finite: whether all values are finite
     """
 
     name: str
@@ -104,7 +103,6 @@ class EmbeddingHealth:
     effective_rank: float
     unit_deviations: np.ndarray
     dormant_share: float
-    finite: bool = True
 
     @property
     def dim(self) -> int:
@@ -114,8 +112,6 @@ class EmbeddingHealth:
     @property
     def flags(self) -> list[str]:
         """What is wrong, a sentence each; empty where nothing is."""
-        if not self.finite:
-            return [f"{self.name} is not finite."]
         flags = []
         if self.variation <= CONSTANT:
             flags.append(
@@ -430,9 +426,6 @@ def embedding_health(name: str, embeddings: np.ndarray) -> EmbeddingHealth:
     :param embeddings: (N, Z)
     :return: its norm, rank and dormant units
     """
-    if not np.isfinite(embeddings).all():
-        nan, nothing = float("nan"), np.full(embeddings.shape[1], np.nan)
-        return EmbeddingHealth(name, np.full(len(embeddings), nan), nan, nothing, nan, nothing, nan, finite=False)
     embeddings = embeddings.astype(np.float64)
     square = np.square(embeddings).mean()
     variance = np.square(embeddings - embeddings.mean(axis=0)).mean()
@@ -514,7 +507,8 @@ def diagnose(
         and predictions beside the path of the policy; 0 for none
     :param max_steps: at most so many transitions are recorded, the episodes that are running then are cut off
     :return: what was found
-    :raises ValueError: for an environment that the model cannot act in, and for numbers that cannot work
+    :raises ValueError: for an environment that the model cannot act in, for numbers that cannot work, and for a model whose
+        actions, embeddings or values are not finite
     """
     if n_episodes < 1 or max_steps < 1 or not exploration_noise >= 0:
         raise ValueError(
@@ -545,6 +539,8 @@ def _diagnose(model: MRQ, env: VecEnv, episodes: list[Episode], max_steps: int) 
     values = networks.q(networks.embed(z_s, networks.best_actions(z_s)))
     z_sa = networks.embed(np.concatenate([e.z_s[:-1] for e in episodes]), np.concatenate([e.actions for e in episodes]))
     q = networks.q(z_sa)
+    if not all(np.isfinite(array).all() for array in (z_s, z_sa, values, q)):
+        raise ValueError("Training has diverged: embeddings or values are not finite.")
 
     order = np.argsort([e.original_return for e in episodes], kind="stable")
     shown = int(order[(len(episodes) - 1) // 2])

@@ -214,6 +214,7 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
     :param n_envs: how many environments there are
     :param noise: standard deviation of the exploration noise, 0 for the best action
     :return: actions in the space, and in the stored form of the replay buffer (n_envs, action_dim)
+    :raises ValueError: if an action is not finite
     """
     is_box = isinstance(model.action_space, spaces.Box)
     if noise > 0:
@@ -222,6 +223,8 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
     else:
         actions, _ = model.predict(obs, deterministic=True)
         stored = model.policy.scale_action(actions) if is_box else actions
+    if not np.isfinite(stored).all():
+        raise ValueError(f"Training has diverged: the policy's action is {stored}.")
     return actions, stored.reshape(n_envs, -1)
 
 

@@ -79,6 +79,9 @@ def draw(diagnosis: Diagnosis) -> dict[str, Figure]:
             figure = Figure(figsize=item.size, layout="constrained")
             FigureCanvasAgg(figure)
             item.draw(diagnosis, figure)
+            # Find the places once, not each time that the figure is saved
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
             figures[name] = figure
     return figures
 
@@ -89,7 +92,7 @@ def _some(n: int) -> np.ndarray:
 
 
 def _number(value: float) -> str:
-    return "undefined" if np.isnan(value) else f"{value:.2f}" if abs(value) < 99.5 else f"{value:.0f}"
+    return "undefined" if np.isnan(value) else f"{value:.2f}" if abs(value) < 99.5 else f"{value:.3g}"
 
 
 def _say(axes: Axes, text: str) -> None:
@@ -229,11 +232,6 @@ def _draw_norms(axes: Axes, health: EmbeddingHealth) -> None:
 def _draw_collapse(diagnosis: Diagnosis, figure: Figure) -> None:
     panels: Any = figure.subplots(2, 3)
     for row, health in zip(panels, (diagnosis.z_s, diagnosis.z_sa), strict=True):
-        if not health.finite:
-            for axes in row:
-                axes.set_title(health.name)
-                _say(axes, "not finite")
-            continue
         for axes, panel in zip(row, (_draw_spectrum, _draw_units, _draw_norms), strict=True):
             panel(axes, health)
     verdict = "\n".join(f"FLAG  {flag}" for flag in diagnosis.flags) or "Nothing is flagged."

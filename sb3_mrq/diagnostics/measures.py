@@ -13,8 +13,8 @@ import numpy as np
 # A unit is dormant where its standard deviation is at most this part of the mean one (the threshold of Sokar et al.,
 # "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", ICML 2023, who measure activity instead)
 DORMANT = 0.025
-# Regularisation of the ridge regression, relative to the number of samples: standardised features have a variance of one
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Strengths of the ridge regression's regularisation, relative to the variance of a feature, which is one
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 # Consecutive samples that are held out together
 STRETCH = 20
 # Of the variance of single precision numbers around their mean nothing is known below this part of their square
@@ -66,17 +66,30 @@ def _solve(sums: _Sums, ridges: Sequence[float]) -> list[tuple[np.ndarray, float
     :return: weights (D,) and intercept for each
     """
     mean_x, mean_y = sums.x / sums.n, sums.y / sums.n
-    covariance = sums.xx / sums.n - np.outer(mean_x, mean_x)
-    std = np.sqrt(np.clip(np.diagonal(covariance), 0, None))
-    # What is constant in these folds tells nothing
-    std[std <= np.sqrt(ROUNDING) * np.sqrt(np.diagonal(sums.xx) / sums.n)] = np.inf
-    values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
-    projected = vectors.T @ ((sums.xy / sums.n - mean_x * mean_y) / std)
+    values, vectors = np.linalg.eigh(sums.xx / sums.n - np.outer(mean_x, mean_x))
+    projected = vectors.T @ (sums.xy / sums.n - mean_x * mean_y)
     solutions = []
     for ridge in ridges:
-        weights = vectors @ (projected / (np.clip(values, 0, None) + ridge)) / std
+        weights = vectors @ (projected / (np.clip(values, 0, None) + ridge))
         solutions.append((weights, float(mean_y - mean_x @ weights)))
     return solutions
+
+
+def _standardize(features: np.ndarray) -> np.ndarray:
+    """
+    :param features: (N, D)
+    :return: the same with mean 0 and variance 1, zeros where nothing varies; where there are more features than samples,
+        rotated to as many, which is all the same to a ridge regression
+    """
+    scale = np.square(features).mean(axis=0)
+    # Products of numbers far from zero would lose digits
+    features = features - features.mean(axis=0)
+    variance = np.square(features).mean(axis=0)
+    features /= np.sqrt(np.where(variance <= ROUNDING * scale, np.inf, variance))
+    if features.shape[1] > features.shape[0]:
+        u, s, _ = np.linalg.svd(features, full_matrices=False)
+        return u * s
+    return features
 
 
 def folds(episodes: np.ndarray, n_folds: int = 5) -> np.ndarray:
@@ -114,10 +127,7 @@ def ridge_probe(features: np.ndarray, targets: np.ndarray, episodes: np.ndarray,
     features, targets = np.asarray(features, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if len(targets) < 2 * n_folds:
         return RidgeProbe(float("nan"), np.full(len(targets), np.nan))
-    # Products of numbers far from zero would lose digits
-    scale = np.square(features).mean(axis=0)
-    features = features - features.mean(axis=0)
-    features[:, np.square(features).mean(axis=0) <= ROUNDING * scale] = 0
+    features = _standardize(features)
     offset = targets.mean()
     fold = folds(episodes, n_folds)
     parts = []

@@ -39,7 +39,6 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "text.parse_math": False,
     "xtick.color": "#4a4f57",
     "ytick.color": "#4a4f57",
 }
@@ -117,7 +116,8 @@ def _steps_ahead(
         shown = np.maximum(values, lowest)
         axes.plot(steps, shown, style, color=colour, marker="o", markersize=5, label=name, clip_on=False, zorder=3)
         below = values < lowest
-        axes.plot(steps[below], shown[below], "v", color=colour, markersize=9, clip_on=False, zorder=3)
+        if below.any():
+            axes.plot(steps[below], shown[below], "v", color=colour, markersize=9, clip_on=False, zorder=3)
     axes.set(title=title, xlabel="steps ahead", ylabel=label, xticks=np.arange(1, len(lines[0][0]) + 1))
 
 
@@ -204,8 +204,8 @@ def _draw_spectrum(axes: Axes, health: EmbeddingHealth) -> None:
     axes.axvline(health.effective_rank, color=BLUE, linestyle=":", label="effective rank")
     axes.axvline(LOW_RANK, color=RED, linestyle="--", linewidth=1.2, label=f"flagged below {LOW_RANK:g}")
     axes.set(xlabel="direction", ylabel="share of singular values", yscale="log", xscale="log", xlim=(0.9, 1.1 * health.dim))
-    axes.set_ylim(max(shares.min(), 1e-6) / 2, 1.5)
-    axes.legend(loc="lower left", frameon=True, framealpha=0.9, edgecolor="none")
+    axes.set_ylim(min(max(shares.min(), 1e-6) / 2, 1e-3), 1.5)
+    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _draw_units(axes: Axes, health: EmbeddingHealth) -> None:

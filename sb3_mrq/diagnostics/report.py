@@ -31,6 +31,8 @@ p { margin: .35rem 0; max-width: 46rem; }
 .verdict ul, .notes ul { margin: .25rem 0 0; padding-left: 1.2rem; }
 .notes { color: #5a6069; font-size: .95rem; }
 img { display: block; width: 100%; height: auto; margin: .75rem 0; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: .5rem 0; }
 th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e3e5e8; font-weight: normal; }
 th { color: #5a6069; }
@@ -107,7 +109,7 @@ def _table(numbers: dict[str, float]) -> str:
         lines.append(f'<tr><th scope="col"></th>{heads}</tr>')
     for name, values in rows.items():
         cells = "".join(f"<td>{value}</td>" for value in values)
-        lines.append(f'<tr><th scope="row">{html.escape(name.replace("_", " "))}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -142,7 +144,9 @@ def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
     for full_name, value in diagnosis.numbers().items():
         group, _, name = full_name.partition("/")
         groups.setdefault(group, {})[name] = value
-    tables = "".join(f"<h3>{html.escape(_GROUPS[group])}</h3>{_table(numbers)}" for group, numbers in groups.items())
+    tables = "".join(
+        f"<div><h3>{html.escape(_GROUPS[group])}</h3>{_table(numbers)}</div>" for group, numbers in groups.items()
+    )
     n = len(diagnosis.episode_returns)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -164,7 +168,7 @@ def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
 <p>Columns are steps ahead, or components; n/a stands for a number that is not defined here. Values and returns are in the
 unit of the rewards that the model learns from ({html.escape(diagnosis.reward_unit)}); the mean return of episodes is
 before any normalisation.</p>
-{tables}</section>
+<div class="tables">{tables}</div></section>
 <footer>Made by sb3_mrq.diagnostics. The same numbers are in diagnosis.json beside this page.</footer>
 </body>
 </html>

@@ -17,6 +17,7 @@ import yaml
 from envs import BOX, IMAGE, TINY_POLICY, VECTOR, CounterEnv, SpaceEnv, policy_for, tiny_model
 from gymnasium import spaces
 from helpers import same, snapshot
+from matplotlib.figure import Figure
 from stable_baselines3 import TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger, configure
@@ -27,6 +28,7 @@ from sb3_mrq.diagnostics import DiagnosticsCallback, diagnose, measures
 from sb3_mrq.diagnostics.diagnosis import DORMANT_SHARE
 from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
 from sb3_mrq.diagnostics.figures import ITEMS
+from sb3_mrq.diagnostics.report import page
 from sb3_mrq.losses import two_hot
 from sb3_mrq.zoo import cli
 
@@ -589,35 +591,37 @@ class TestReport:
 
     def test_page(self, folder, diagnosis):
         text = (folder / "index.html").read_text(encoding="utf-8")
-        page = Page(text)
-        assert page.open == []
+        found = Page(text)
+        assert found.open == []
         # Opens without a network: nothing but the images, which are in it
         images = [
             f"data:image/png;base64,{base64.b64encode((folder / f'{name}.png').read_bytes()).decode()}" for name in ITEMS
         ]
-        assert page.sources == images
-        assert not {"script", "link", "iframe", "object"} & set(page.tags)
+        assert found.sources == images
+        assert not {"script", "link", "iframe", "object"} & set(found.tags)
         assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
         for item in ITEMS.values():
-            assert item.title in page.text and item.reading in page.text
+            assert item.title in found.text and item.reading in found.text
             # A sentence
             assert item.reading.count(".") - item.reading.count("0.") == 1
-        words = page.text.split()
+        words = found.text.split()
         for name, value in diagnosis.numbers().items():
             shown = "n/a" if np.isnan(value) else str(int(value)) if value == int(value) else f"{value:.4g}"
             assert any(shown in word for word in words), (name, shown)
-        assert "No collapse is flagged" in page.text
+        assert "No collapse is flagged" in found.text
 
     def test_numbers(self, folder, diagnosis):
         data = json.loads((folder / "diagnosis.json").read_text())
         assert data["numbers"] == {k: None if np.isnan(v) else v for k, v in diagnosis.numbers().items()}
         assert data["flags"] == [] and data["collapsed"] is False and data["environment"] == "WalkEnv"
 
-    def test_flags_are_shown(self, tmp_path):
+    def test_flags_are_shown(self):
         diagnosis = TestCollapse().diagnose(dead)
-        page = Page(diagnosis.report(tmp_path).read_text(encoding="utf-8"))
-        assert "One flag: an embedding has collapsed." in page.text and diagnosis.flags[0] in page.text
-        assert diagnosis.figures()["collapse"].get_suptitle() == f"FLAG  {diagnosis.flags[0]}"
+        text = Page(page(diagnosis, dict.fromkeys(ITEMS, b""))).text
+        assert "One flag: an embedding has collapsed." in text and diagnosis.flags[0] in text
+        figure = Figure()
+        ITEMS["collapse"].draw(diagnosis, figure)
+        assert figure.get_suptitle() == f"FLAG  {diagnosis.flags[0]}"
 
     def test_no_trace_in_matplotlib(self, diagnosis):
         import matplotlib

@@ -210,13 +210,13 @@ def _draw_spectrum(axes: Axes, health: EmbeddingHealth) -> None:
 
 def _draw_units(axes: Axes, health: EmbeddingHealth) -> None:
     axes.set_title(f"{health.name}: {health.dormant_share:.0%} dormant units")
-    deviations = np.maximum(health.unit_deviations, 1e-4)
-    bins = np.geomspace(1e-4, max(10.0, deviations.max()), 41)
+    deviations = np.maximum(health.unit_deviations, 1e-5)
+    bins = np.geomspace(1e-5, max(10.0, deviations.max()), 41)
     dormant = deviations <= measures.DORMANT
     axes.hist([deviations[~dormant], deviations[dormant]], bins=bins.tolist(), color=[BLUE, RED], stacked=True)
     axes.axvline(measures.DORMANT, color=RED, linestyle="--", linewidth=1.2)
     axes.set(xscale="log", xlabel="deviation of a unit / mean deviation", ylabel="units")
-    side: dict[str, Any] = dict(ha="right", va="top", transform=axes.get_xaxis_transform(), color=RED)
+    side: dict[str, Any] = dict(ha="right", va="top", transform=axes.get_xaxis_transform(), color=RED, fontsize=9)
     axes.text(measures.DORMANT * 0.85, 0.97, f"dormant\n(flagged above {DORMANT_SHARE:.0%})", **side)
 
 

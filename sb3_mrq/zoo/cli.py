@@ -1,5 +1,5 @@
 """
-Command line: every script of rl-zoo3 with its own arguments, with ``mrq`` among the algorithms.
+Command line: every script of rl-zoo3 with its own arguments, with ``mrq`` among the algorithms, and ``diagnose``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sb3_mrq.envs import rendering
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
-# Modules of rl-zoo3, some of which have a function to call and some of which only run as a program
+# Modules of rl-zoo3, some of which have a function to call and some of which only run as a program, and one of this package
 SCRIPTS = {
     "train": "rl_zoo3.train:train",
     "enjoy": "rl_zoo3.enjoy:enjoy",
@@ -38,11 +38,13 @@ SCRIPTS = {
     "benchmark": "rl_zoo3.benchmark",
     "push_to_hub": "rl_zoo3.push_to_hub",
     "load_from_hub": "rl_zoo3.load_from_hub",
+    "diagnose": "sb3_mrq.zoo.diagnose:diagnose_script",
 }
 
 USAGE = f"""usage: sb3-mrq <script> [arguments]
 
-Scripts of rl-zoo3: {", ".join(SCRIPTS)}.
+Scripts of rl-zoo3: {", ".join(name for name in SCRIPTS if name != "diagnose")}.
+Script of this package: diagnose, a report on what a trained model has learned.
 Each takes its own arguments: sb3-mrq <script> --help. The algorithm of this package is --algo mrq.
 """
 
@@ -53,6 +55,7 @@ EXTRAS = {
     "cv2": "atari",
     "dm_control": "dmc",
     "huggingface_hub": "zoo",
+    "matplotlib": "zoo",
     "moviepy": "zoo",
     "mujoco": "mujoco",
     "optuna": "zoo",

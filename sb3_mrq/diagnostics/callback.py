@@ -1,0 +1,104 @@
+"""
+Diagnosis during training.
+"""
+
+import importlib.util
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_mrq.diagnostics.diagnosis import Diagnosis, diagnose
+from sb3_mrq.diagnostics.episodes import wrap_env
+from sb3_mrq.mrq import MRQ
+
+# What is worth a line on the screen; everything goes to the other outputs
+_ON_SCREEN = (
+    "episodes/mean_return",
+    "model/reward_r2_1",
+    "model/embedding_r2_1",
+    "probe/z_sa_r2",
+    "probe/raw_r2",
+    "returns/bias",
+    "z_s/effective_rank",
+    "z_s/flags",
+    "z_sa/effective_rank",
+    "z_sa/flags",
+)
+
+
+class DiagnosticsCallback(BaseCallback):
+    """
+    Diagnose the model every so many steps, and log numbers (``diagnostics/...``) and, for TensorBoard, figures.
+
+    It acts between collecting transitions and training, when no update or step of the environment is under way, and training
+    goes on as if it had not been there: to the last bit the same weights, buffer and random numbers.
+
+    :param eval_env: the environment to diagnose in, another one than that of training
+    :param freq: steps of training, over all environments, between two diagnoses. There is none before the first update.
+    :param n_episodes: number of episodes for each
+    :param seed: of the environment, so that every diagnosis starts from the same states; None to let its generators go on
+    :param figures: whether to draw figures, which takes about a second
+    :param max_steps: at most so many transitions for each diagnosis
+    :param verbose: Verbosity level: 0 for no output, 1 for what is flagged
+    :raises ValueError: when training starts, if the environment does not suit the model, or is that of training
+    :raises ImportError: when training starts, if there are to be figures and matplotlib is not installed
+    """
+
+    def __init__(
+        self,
+        eval_env: GymEnv,
+        freq: int,
+        n_episodes: int = 10,
+        seed: int | None = 0,
+        figures: bool = True,
+        max_steps: int = 20_000,
+        verbose: int = 0,
+    ):
+        super().__init__(verbose)
+        for name, value in (("freq", freq), ("n_episodes", n_episodes), ("max_steps", max_steps)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        self.eval_env = eval_env
+        self.freq = freq
+        self.n_episodes = n_episodes
+        self.seed = seed
+        self.draw_figures = figures
+        self.max_steps = max_steps
+        self.last_diagnosis: Diagnosis | None = None
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, MRQ):
+            raise ValueError(f"DiagnosticsCallback is for MRQ, not for {type(self.model).__name__}.")
+        if self.draw_figures and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError(
+                'Figures need matplotlib. Install it with: pip install "sb3-mrq[train]", or set figures=False in '
+                "DiagnosticsCallback."
+            )
+        self.eval_env = wrap_env(self.model, self.eval_env)
+        if self.eval_env.unwrapped is self.training_env.unwrapped:
+            raise ValueError("DiagnosticsCallback needs an environment of its own, but eval_env is the one of training.")
+
+    def _on_training_start(self) -> None:
+        self._last_step = self.num_timesteps
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        assert isinstance(self.model, MRQ)
+        if self.num_timesteps - self._last_step < self.freq or self.model._n_updates == 0:
+            return
+        self._last_step = self.num_timesteps
+        diagnosis = diagnose(self.model, self.eval_env, self.n_episodes, self.seed, max_steps=self.max_steps)
+        self.last_diagnosis = diagnosis
+        for name, value in diagnosis.numbers().items():
+            self.logger.record(f"diagnostics/{name}", value, exclude=None if name in _ON_SCREEN else "stdout")
+        if self.draw_figures:
+            for name, figure in diagnosis.figures().items():
+                self.logger.record(f"diagnostics/{name}", Figure(figure, close=True), exclude=("stdout", "log", "json", "csv"))
+        if self.verbose > 0:
+            for flag in diagnosis.flags:
+                print(f"Step {self.num_timesteps}: {flag}")
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)

@@ -1,0 +1,580 @@
+"""
+The diagnosis of a trained model: numbers, arrays and verdicts, from episodes played in an environment.
+
+Shapes: ``N`` transitions, ``H`` horizon of the encoder, ``Z`` size of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from sb3_mrq.diagnostics import measures
+from sb3_mrq.diagnostics.episodes import Episode, no_side_effects, play, wrap_env
+from sb3_mrq.mrq import MRQ
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# An embedding is constant where its root mean squared deviation is at most this part of its root mean square
+CONSTANT = 0.01
+# ... of one dimension where its effective rank is below
+LOW_RANK = 2.0
+# ... largely dormant where more than this part of its units is
+DORMANT_SHARE = 0.25
+# ... vanishing or exploding where its norm divided by sqrt(Z) lies outside
+UNIT_NORM = (1e-3, 1e2)
+# Where the value behind a truncation has more than this weight in a return, that tells little about the prediction
+TAIL_WEIGHT = 0.7
+# Transitions for one forward pass
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ModelAccuracy:
+    """
+    How well the linear model predicts when it is unrolled along the actions taken, for 1 to H steps ahead, (H,) each. R^2 is
+    against the mean of what is predicted; NaN where that does not vary.
+
+    :param reward_r2: of the expected reward
+    :param reward_rmse: root mean squared error of the expected reward, in the unit of the rewards learned from
+    :param termination_r2: of the predicted termination
+    :param termination_rmse: root mean squared error of the predicted termination, which is 0 or 1
+    :param embedding_r2: of the next embedding by the target encoder, all dimensions together
+    :param embedding_r2_unchanged: the same for the prediction that the first embedding stays as it is
+    :param n: predictions that were compared
+    :param n_terminated: terminations among them
+    """
+
+    reward_r2: np.ndarray
+    reward_rmse: np.ndarray
+    termination_r2: np.ndarray
+    termination_rmse: np.ndarray
+    embedding_r2: np.ndarray
+    embedding_r2_unchanged: np.ndarray
+    n: np.ndarray
+    n_terminated: np.ndarray
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """
+    How much of Q a linear function explains, in stretches of episodes that it was not fitted to.
+
+    :param q: mean of the value heads, in the unit of the rewards learned from, (N,)
+    :param z_sa_r2: R^2 of the linear function of z_sa
+    :param z_sa_prediction: its held-out predictions, (N,)
+    :param raw_r2: R^2 of a linear function of observation and action
+    :param raw_prediction: its held-out predictions, (N,)
+    """
+
+    q: np.ndarray
+    z_sa_r2: float
+    z_sa_prediction: np.ndarray
+    raw_r2: float
+    raw_prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class EmbeddingHealth:
+    """
+    Whether an embedding has collapsed.
+
+    :param name: z_s or z_sa
+    :param norms: Euclidean norm of each embedding, (N,)
+    :param variation: root mean squared deviation from the mean embedding, in parts of the root mean square
+    :param spectrum: singular values of the deviations, descending, in parts of their sum
+    :param effective_rank: exponential of the entropy of the spectrum, 0 where nothing varies
+    :param unit_deviations: standard deviation of each unit in parts of the mean one, (Z,)
+    :param dormant_share: part of the units whose deviation is at most ``measures.DORMANT``
+    """
+
+    name: str
+    norms: np.ndarray
+    variation: float
+    spectrum: np.ndarray
+    effective_rank: float
+    unit_deviations: np.ndarray
+    dormant_share: float
+
+    @property
+    def dim(self) -> int:
+        """Number of units."""
+        return len(self.unit_deviations)
+
+    @property
+    def flags(self) -> list[str]:
+        """What is wrong, a sentence each; empty where nothing is."""
+        flags = []
+        if self.variation <= CONSTANT:
+            flags.append(
+                f"{self.name} is constant: it varies by {self.variation:.2g} of its size (limit {CONSTANT:g}), so that it "
+                "tells states apart by nearly nothing."
+            )
+        elif self.effective_rank < LOW_RANK:
+            flags.append(
+                f"{self.name} varies along one direction: effective rank {self.effective_rank:.2f} (limit {LOW_RANK:g})."
+            )
+        if self.dormant_share > DORMANT_SHARE:
+            flags.append(f"{self.name} has {self.dormant_share:.0%} dormant units (limit {DORMANT_SHARE:.0%}).")
+        unit_norm = float(self.norms.mean()) / math.sqrt(self.dim)
+        if not UNIT_NORM[0] <= unit_norm <= UNIT_NORM[1]:
+            what = "vanishes" if unit_norm < UNIT_NORM[0] else "explodes"
+            flags.append(
+                f"{self.name} {what}: its norm is {unit_norm:.2g} per square root of a unit (limits {UNIT_NORM[0]:g} and "
+                f"{UNIT_NORM[1]:g})."
+            )
+        return flags
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """
+    State embeddings in the plane of their first two principal components.
+
+    :param points: embeddings of all observations of all episodes, in their order, (M, 2)
+    :param values: value of the policy's action there, in the unit of the rewards learned from, (M,)
+    :param episode: the points of the episode to be shown, the one of median return
+    :param variance_shares: parts of the variance that the two components hold, (2,)
+    """
+
+    points: np.ndarray
+    values: np.ndarray
+    episode: slice
+    variance_shares: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReturnComparison:
+    """
+    Predicted against realised discounted return of every step, in the unit of the rewards learned from, (N,) each.
+
+    :param predicted: mean of the value heads times the reward scale
+    :param realised: discounted sum of the rewards to the end of the episode, and the predicted value of the last observation
+        where the episode was truncated
+    :param tail_weight: weight of that value in the sum, 0 in episodes that terminated
+    :param episode: the steps of the episode to be shown, the one of median return
+    """
+
+    predicted: np.ndarray
+    realised: np.ndarray
+    tail_weight: np.ndarray
+    episode: slice
+
+    @property
+    def counted(self) -> np.ndarray:
+        """Which steps the numbers are about: those where the value behind a truncation has a small weight, (N,)."""
+        return self.tail_weight <= TAIL_WEIGHT
+
+    @property
+    def bias(self) -> float:
+        """Mean of predicted less realised return: positive for overestimation."""
+        errors = (self.predicted - self.realised)[self.counted]
+        return float(errors.mean()) if len(errors) else float("nan")
+
+    @property
+    def rmse(self) -> float:
+        """Root mean squared difference."""
+        errors = (self.predicted - self.realised)[self.counted]
+        return float(np.sqrt(np.square(errors).mean())) if len(errors) else float("nan")
+
+    @property
+    def r2(self) -> float:
+        """Part of the variance of the realised returns that the predictions explain."""
+        return measures.explained_variance(self.realised[self.counted], self.predicted[self.counted])
+
+    @property
+    def correlation(self) -> float:
+        """Between predicted and realised returns, NaN where one does not vary."""
+        pairs = np.stack([self.predicted[self.counted], self.realised[self.counted]])
+        if pairs.shape[1] < 2 or np.any(pairs.std(axis=1) <= 1e-6 * np.abs(pairs).max(axis=1)):
+            return float("nan")
+        return float(np.corrcoef(pairs)[0, 1])
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """
+    What was found, see ``docs/diagnostics.md`` for how to read it.
+
+    :param env_id: name of the environment
+    :param num_timesteps: steps of training of the model
+    :param gamma: discount factor
+    :param reward_unit: what rewards, returns and values are measured in: "reward", or "normalised reward"
+    :param episode_returns: undiscounted sum of rewards of each episode, before normalisation
+    :param episode_lengths: transitions of each episode
+    :param n_terminated: episodes that terminated by themselves
+    :param model: accuracy of the linear model
+    :param probe: how much of Q is linear in z_sa
+    :param z_s: state of the state embedding
+    :param z_sa: state of the state-action embedding
+    :param map: embeddings in a plane
+    :param returns: predicted against realised return
+    :param notes: what restricts the numbers, a sentence each
+    """
+
+    env_id: str
+    num_timesteps: int
+    gamma: float
+    reward_unit: str
+    episode_returns: np.ndarray
+    episode_lengths: np.ndarray
+    n_terminated: int
+    model: ModelAccuracy
+    probe: LinearProbe
+    z_s: EmbeddingHealth
+    z_sa: EmbeddingHealth
+    map: EmbeddingMap
+    returns: ReturnComparison
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def flags(self) -> list[str]:
+        """What is wrong with the embeddings, a sentence each; empty where nothing is."""
+        return [*self.z_s.flags, *self.z_sa.flags]
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether an embedding is flagged."""
+        return bool(self.flags)
+
+    def numbers(self) -> dict[str, float]:
+        """
+        :return: every number by its name, in groups divided by a slash; NaN where there is nothing to tell
+        """
+        numbers = {
+            "episodes/n": float(len(self.episode_returns)),
+            "episodes/n_terminated": float(self.n_terminated),
+            "episodes/transitions": float(self.episode_lengths.sum()),
+            "episodes/mean_return": float(self.episode_returns.mean()),
+            "episodes/std_return": float(self.episode_returns.std()),
+            "episodes/mean_length": float(self.episode_lengths.mean()),
+        }
+        for name in ("reward", "termination", "embedding"):
+            for measure in ("r2", "rmse", "r2_unchanged"):
+                for i, value in enumerate(getattr(self.model, f"{name}_{measure}", ())):
+                    numbers[f"model/{name}_{measure}_{i + 1}"] = float(value)
+        numbers["probe/z_sa_r2"] = self.probe.z_sa_r2
+        numbers["probe/raw_r2"] = self.probe.raw_r2
+        for health in (self.z_s, self.z_sa):
+            numbers |= {
+                f"{health.name}/norm": float(health.norms.mean()),
+                f"{health.name}/norm_std": float(health.norms.std()),
+                f"{health.name}/variation": health.variation,
+                f"{health.name}/effective_rank": health.effective_rank,
+                f"{health.name}/dormant_share": health.dormant_share,
+                f"{health.name}/flags": float(len(health.flags)),
+            }
+        counted = self.returns.counted
+        numbers |= {
+            "map/variance_share_1": float(self.map.variance_shares[0]),
+            "map/variance_share_2": float(self.map.variance_shares[1]),
+            "returns/bias": self.returns.bias,
+            "returns/rmse": self.returns.rmse,
+            "returns/r2": self.returns.r2,
+            "returns/correlation": self.returns.correlation,
+            "returns/mean_predicted": float(self.returns.predicted[counted].mean()) if counted.any() else float("nan"),
+            "returns/mean_realised": float(self.returns.realised[counted].mean()) if counted.any() else float("nan"),
+        }
+        return numbers
+
+    def figures(self) -> dict[str, Figure]:
+        """
+        Draw one figure for each item. They belong to no window and need not be closed.
+
+        :return: figures by the names model, probe, collapse, map and returns
+        :raises ImportError: if matplotlib is not installed
+        """
+        from sb3_mrq.diagnostics.figures import draw
+
+        return draw(self)
+
+    def report(self, folder: str | Path) -> Path:
+        """
+        Write the figures (PNG and SVG), the numbers (``diagnosis.json``) and a page that shows both (``index.html``).
+
+        :param folder: where to write them, made if it does not exist
+        :return: the page
+        :raises ImportError: if matplotlib is not installed
+        """
+        from sb3_mrq.diagnostics.report import write
+
+        return write(self, Path(folder))
+
+
+class _Networks:
+    """
+    The networks of a model as functions on arrays, in chunks.
+
+    :param model: the model
+    """
+
+    def __init__(self, model: MRQ):
+        self.policy = model.policy
+        self.device = model.device
+        self.reward_scale = model.reward_scale
+
+    def _chunks(self, *arrays: np.ndarray) -> list[list[th.Tensor]]:
+        pieces = range(0, len(arrays[0]), _CHUNK)
+        return [[th.as_tensor(a[i : i + _CHUNK], dtype=th.float32, device=self.device) for a in arrays] for i in pieces]
+
+    def embed(self, z_s: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """
+        :param z_s: (N, Z)
+        :param actions: (N, A)
+        :return: z_sa, (N, ZSA)
+        """
+        parts = [self.policy.encoder.state_action(z, a).cpu().numpy() for z, a in self._chunks(z_s, actions)]
+        return np.concatenate(parts)
+
+    def q(self, z_sa: np.ndarray) -> np.ndarray:
+        """
+        :param z_sa: (N, ZSA)
+        :return: mean of the value heads in the unit of the rewards, (N,)
+        """
+        parts = [self.policy.critic(z).mean(dim=1).cpu().numpy() for (z,) in self._chunks(z_sa)]
+        return np.concatenate(parts).astype(np.float64) * self.reward_scale
+
+    def best_actions(self, z_s: np.ndarray) -> np.ndarray:
+        """
+        :param z_s: (N, Z)
+        :return: action vectors of the policy, (N, A)
+        """
+        actions = self.policy.actions
+        parts = [actions.encode(actions.act(self.policy.actor(z), True)).cpu().numpy() for (z,) in self._chunks(z_s)]
+        return np.concatenate(parts)
+
+    def predict(self, z_s: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        :param z_s: (N, Z)
+        :param actions: (N, A)
+        :return: expected reward (N,), termination (N,), next embedding (N, Z)
+        """
+        predictor = self.policy.encoder.predictor
+        parts = []
+        for z, a in self._chunks(z_s, actions):
+            terminated, next_z, logits = predictor(self.policy.encoder.state_action(z, a))
+            # Bins are far apart at both ends, where small probabilities count much
+            rewards = (logits.double().softmax(dim=-1) * predictor.bins).sum(dim=-1)
+            parts.append([part.cpu().numpy() for part in (rewards, terminated.squeeze(-1).double(), next_z)])
+        rewards, terminated, next_z = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return rewards, terminated, next_z
+
+
+def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
+    return float(np.sqrt(np.square(predicted - true).mean())) if len(true) else float("nan")
+
+
+def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
+    """
+    Unroll the linear model from every state along the actions taken, as the encoder loss does, and compare.
+
+    :param model: the model
+    :param episodes: from :func:`sb3_mrq.diagnostics.episodes.play`
+    :return: accuracy for each number of steps ahead
+    """
+    networks = _Networks(model)
+    # All episodes in one array, the rows of an episode being its observations
+    z_s, target_z_s = (np.concatenate([getattr(e, name) for e in episodes]) for name in ("z_s", "target_z_s"))
+    lengths = np.array([len(e) for e in episodes])
+    ends = np.cumsum(lengths + 1) - 1
+    actions = np.zeros((len(z_s), episodes[0].actions.shape[1]), dtype=np.float32)
+    rewards, terminated = np.zeros(len(z_s)), np.zeros(len(z_s))
+    for episode, end in zip(episodes, ends, strict=True):
+        actions[end - len(episode) : end] = episode.actions
+        rewards[end - len(episode) : end] = episode.rewards
+        terminated[end - 1] = episode.terminated
+    end_of = np.repeat(ends, lengths + 1)
+    starts = np.setdiff1d(np.arange(len(z_s)), ends)
+
+    rows = []
+    predicted_z = z_s[starts]
+    for step in range(model.encoder_horizon):
+        inside = starts + step < end_of[starts]
+        starts, predicted_z = starts[inside], predicted_z[inside]
+        if len(starts) == 0:
+            rows.append([float("nan")] * 6 + [0, 0])
+            continue
+        now = starts + step
+        predicted_rewards, predicted_terminated, predicted_z = networks.predict(predicted_z, actions[now])
+        rows.append(
+            [
+                measures.explained_variance(rewards[now], predicted_rewards),
+                _rmse(rewards[now], predicted_rewards),
+                measures.explained_variance(terminated[now], predicted_terminated),
+                _rmse(terminated[now], predicted_terminated),
+                measures.explained_variance(target_z_s[now + 1], predicted_z),
+                measures.explained_variance(target_z_s[now + 1], target_z_s[starts]),
+                len(now),
+                int(terminated[now].sum()),
+            ]
+        )
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    return ModelAccuracy(*columns)
+
+
+def embedding_health(name: str, embeddings: np.ndarray) -> EmbeddingHealth:
+    """
+    :param name: of the embedding
+    :param embeddings: (N, Z)
+    :return: its norm, rank and dormant units
+    """
+    embeddings = embeddings.astype(np.float64)
+    square = np.square(embeddings).mean()
+    variance = np.square(embeddings - embeddings.mean(axis=0)).mean()
+    spectrum = measures.singular_values(embeddings)
+    deviations = measures.relative_deviations(embeddings)
+    return EmbeddingHealth(
+        name,
+        np.linalg.norm(embeddings, axis=1),
+        float(np.sqrt(variance / square)) if square > 0 else 0.0,
+        spectrum,
+        measures.effective_rank(spectrum),
+        deviations,
+        float((deviations <= measures.DORMANT).mean()),
+    )
+
+
+def env_name(env: VecEnv) -> str:
+    """
+    :param env: environments
+    :return: id of their task, or name of their class where it is not registered
+    """
+    try:
+        spec = env.get_attr("spec")[0]
+        return spec.id if spec is not None else type(env.get_attr("unwrapped")[0]).__name__
+    except Exception:
+        # For a title only
+        return type(env.unwrapped).__name__
+
+
+def _notes(
+    model: MRQ, episodes: list[Episode], accuracy: ModelAccuracy, returns: ReturnComparison, max_steps: int
+) -> list[str]:
+    """What restricts the numbers, a sentence each."""
+    notes = []
+    if model._n_updates == 0:
+        notes.append("The model has not been trained yet.")
+    if sum(map(len, episodes)) >= max_steps:
+        notes.append(f"Episodes were cut off after {max_steps} transitions altogether.")
+    if not accuracy.n_terminated.any():
+        notes.append(
+            "No episode terminated, so there is nothing to tell about the prediction of termination, which is not trained "
+            "as long as none has."
+        )
+    if np.isnan(accuracy.reward_r2).all():
+        notes.append("All rewards are the same, so there is no variance of rewards to explain; see their error instead.")
+    if not returns.counted.any():
+        notes.append(
+            f"All episodes were truncated so soon that the value behind them has more than {TAIL_WEIGHT:.0%} of the weight: "
+            "too little of each return was realised to judge the predictions."
+        )
+    elif not returns.counted.all():
+        notes.append(
+            f"Predicted and realised return are compared in {returns.counted.mean():.0%} of the steps; in the others, close "
+            f"to a truncation, the value behind it has more than {TAIL_WEIGHT:.0%} of the weight."
+        )
+    return notes
+
+
+def diagnose(
+    model: MRQ,
+    env: GymEnv | str,
+    n_episodes: int = 20,
+    seed: int | None = 0,
+    exploration_noise: float = 0.0,
+    max_steps: int = 20_000,
+) -> Diagnosis:
+    """
+    Play episodes with a trained model and measure what its embeddings, its linear model and its values are worth. Nothing of
+    the model changes, nor do the global random generators; the environment is reset and stepped.
+
+    With ``VecNormalize``, observations and rewards are normalised by the statistics of the model's training environment, or,
+    if it has none, as ``env`` does it with the statistics that it has.
+
+    :param model: the model
+    :param env: the environment, preferably another one than that of training, several as a ``VecEnv``, or the id of one
+    :param n_episodes: number of episodes
+    :param seed: of the environment, None to let its generators go on as they are
+    :param exploration_noise: standard deviation of exploration noise as in training (0.2 by default there), for embeddings
+        and predictions beside the path of the policy; 0 for none
+    :param max_steps: at most so many transitions are recorded, the episodes that are running then are cut off
+    :return: what was found
+    :raises ValueError: for an environment that the model cannot act in, for numbers that cannot work, and for a model whose
+        actions, embeddings or values are not finite
+    """
+    if n_episodes < 1 or max_steps < 1 or not exploration_noise >= 0:
+        raise ValueError(
+            f"n_episodes ({n_episodes}) and max_steps ({max_steps}) must be at least 1 and exploration_noise "
+            f"({exploration_noise}) not negative."
+        )
+    vec_env = wrap_env(model, env)
+    with no_side_effects(model):
+        model.policy.set_training_mode(False)
+        try:
+            episodes = play(model, vec_env, n_episodes, seed, exploration_noise, max_steps)
+        finally:
+            training_env = model.get_env()
+            if training_env is not None and training_env.unwrapped is vec_env.unwrapped:
+                # Where learning goes on, it is from a reset
+                model._last_obs = None
+        diagnosis = _diagnose(model, vec_env, episodes, max_steps)
+    if isinstance(env, str):
+        vec_env.close()
+    return diagnosis
+
+
+def _diagnose(model: MRQ, env: VecEnv, episodes: list[Episode], max_steps: int) -> Diagnosis:
+    """What episodes tell about a model."""
+    networks = _Networks(model)
+    lengths = np.array([len(e) for e in episodes])
+    z_s = np.concatenate([e.z_s for e in episodes])
+    values = networks.q(networks.embed(z_s, networks.best_actions(z_s)))
+    z_sa = networks.embed(np.concatenate([e.z_s[:-1] for e in episodes]), np.concatenate([e.actions for e in episodes]))
+    q = networks.q(z_sa)
+    if not all(np.isfinite(array).all() for array in (z_s, z_sa, values, q)):
+        raise ValueError("Training has diverged: embeddings or values are not finite.")
+
+    order = np.argsort([e.original_return for e in episodes], kind="stable")
+    shown = int(order[(len(episodes) - 1) // 2])
+    first_step, first_row = int(lengths[:shown].sum()), int((lengths[:shown] + 1).sum())
+
+    realised, tail_weight = [], []
+    for episode, end in zip(episodes, np.cumsum(lengths + 1) - 1, strict=True):
+        last_value = 0.0 if episode.terminated else float(values[end])
+        realised.append(measures.discounted_returns(episode.rewards, model.gamma, last_value))
+        tail_weight.append((not episode.terminated) * model.gamma ** np.arange(len(episode), 0, -1.0))
+    returns = ReturnComparison(
+        q, np.concatenate(realised), np.concatenate(tail_weight), slice(first_step, first_step + int(lengths[shown]))
+    )
+
+    episode_of = np.repeat(np.arange(len(episodes)), lengths)
+    observations = np.concatenate([np.concatenate([e.observations, e.actions], axis=1) for e in episodes])
+    linear, raw = (measures.ridge_probe(features, q, episode_of) for features in (z_sa, observations))
+    mean, components, shares = measures.principal_components(z_s)
+    accuracy = model_accuracy(model, episodes)
+    normalization = model.get_vec_normalize_env() or unwrap_vec_normalize(env)
+    normalised = normalization is not None and normalization.norm_reward
+    return Diagnosis(
+        env_id=env_name(env),
+        num_timesteps=model.num_timesteps,
+        gamma=model.gamma,
+        reward_unit="normalised reward" if normalised else "reward",
+        episode_returns=np.array([e.original_return for e in episodes]),
+        episode_lengths=lengths,
+        n_terminated=sum(e.terminated for e in episodes),
+        model=accuracy,
+        probe=LinearProbe(q, linear.r2, linear.predictions, raw.r2, raw.predictions),
+        z_s=embedding_health("z_s", z_s),
+        z_sa=embedding_health("z_sa", z_sa),
+        map=EmbeddingMap((z_s - mean) @ components.T, values, slice(first_row, first_row + int(lengths[shown]) + 1), shares),
+        returns=returns,
+        notes=_notes(model, episodes, accuracy, returns, max_steps),
+    )

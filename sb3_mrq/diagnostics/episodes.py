@@ -1,0 +1,282 @@
+"""
+Episodes of a trained model, embedded as they are played, without traces in the model or in the global random generators.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
+from torch.nn import functional as F
+
+from sb3_mrq.mrq import MRQ
+
+# Observations that are embedded at once
+_CHUNK = 128
+# Largest number of values that an image is averaged down to, for the probe on raw observations
+_IMAGE_VALUES = 1024
+
+
+@dataclass
+class Episode:
+    """
+    One episode of m transitions, or its beginning.
+
+    :param z_s: embeddings of its observations, (m + 1, Z)
+    :param target_z_s: the same by the target encoder, (m + 1, Z)
+    :param observations: preprocessed and flattened, images averaged down, (m, D)
+    :param actions: action vectors, (m, A)
+    :param rewards: as the model learns from them, that is normalised if they are in training, (m,)
+    :param original_return: undiscounted sum of the rewards before normalisation
+    :param terminated: whether it ended by itself: False where it met a time limit or the limit on transitions
+    """
+
+    z_s: np.ndarray
+    target_z_s: np.ndarray
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    original_return: float
+    terminated: bool
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+@contextmanager
+def no_side_effects(model: MRQ) -> Iterator[None]:
+    """
+    Put back whatever evaluating a model changes outside the environment: the generators of Python, NumPy and torch, that of
+    the model's action space, the mode of the policy.
+
+    :param model: the model that is evaluated
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Held by the space itself, which the environments of a class may share
+    space = model.action_space._np_random
+    space_state = None if space is None else space.bit_generator.state
+    training = model.policy.training
+    try:
+        with th.random.fork_rng(devices=devices), th.no_grad():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if space is not None:
+            space.bit_generator.state = space_state
+            model.action_space._np_random = space
+        model.policy.set_training_mode(training)
+
+
+def wrap_env(model: MRQ, env: GymEnv | str) -> VecEnv:
+    """
+    :param model: the model that is to act in the environment
+    :param env: an environment, several as a ``VecEnv``, or the id of one
+    :return: as the model takes it
+    :raises ValueError: if its spaces are others than the model's, or it lacks the ``VecNormalize`` of training
+    """
+    vec_env = model._wrap_env(gym.make(env) if isinstance(env, str) else env, monitor_wrapper=False)
+    check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
+    if model.get_vec_normalize_env() is not None and unwrap_vec_normalize(vec_env) is None:
+        raise ValueError(
+            "The model is trained with VecNormalize, but the environment to diagnose it in has none: wrap it in "
+            "VecNormalize(env, training=False) too; the statistics are those of training."
+        )
+    return vec_env
+
+
+@contextmanager
+def _normalization_of_training(model: MRQ, env: VecEnv) -> Iterator[VecNormalize | None]:
+    """
+    Let an environment normalise as it is done in training, without updating any statistics.
+
+    :param model: whose training environment is followed, if it has one
+    :param env: the environment
+    :return: its normalisation, if it has one
+    """
+    normalization = unwrap_vec_normalize(env)
+    if normalization is None:
+        yield None
+        return
+    names = ["training", "obs_rms", "ret_rms", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "epsilon"]
+    before = {name: getattr(normalization, name) for name in names if hasattr(normalization, name)}
+    source = model.get_vec_normalize_env()
+    if source is not None:
+        for name in before:
+            setattr(normalization, name, getattr(source, name))
+    normalization.training = False
+    try:
+        yield normalization
+    finally:
+        for name, value in before.items():
+            setattr(normalization, name, value)
+
+
+class _Recorder:
+    """
+    The running episode of one environment. Observations are embedded in chunks and not kept, as those of long episodes of
+    images would not fit into memory.
+
+    :param model: the model that acts
+    """
+
+    def __init__(self, model: MRQ):
+        self.model = model
+        self.waiting: list[Any] = []
+        self.embedded: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[float] = []
+        self.original_return = 0.0
+
+    def observe(self, obs: Any) -> None:
+        """
+        :param obs: the next observation, not batched
+        """
+        self.waiting.append(obs)
+        if len(self.waiting) == _CHUNK:
+            self.embed()
+
+    def embed(self) -> None:
+        """Embed the observations that wait for it."""
+        if not self.waiting:
+            return
+        if isinstance(self.waiting[0], dict):
+            obs: Any = {key: np.stack([step[key] for step in self.waiting]) for key in self.waiting[0]}
+        else:
+            obs = np.stack(self.waiting)
+        self.waiting = []
+        policy = self.model.policy
+        preprocessed = policy.preprocess(policy.obs_to_tensor(obs)[0])
+        self.embedded.append(
+            (
+                policy.encoder.state(preprocessed).float().cpu().numpy(),
+                policy.encoder_target.state(preprocessed).float().cpu().numpy(),
+                flatten_observations(self.model, preprocessed).cpu().numpy(),
+            )
+        )
+
+    def finish(self, obs: Any, terminated: bool) -> Episode:
+        """
+        :param obs: the final observation
+        :param terminated: whether the episode terminated
+        :return: the episode
+        """
+        self.observe(obs)
+        self.embed()
+        z_s, target_z_s, observations = (np.concatenate(part) for part in zip(*self.embedded, strict=True))
+        actions = th.as_tensor(np.stack(self.actions), device=self.model.device)
+        return Episode(
+            z_s,
+            target_z_s,
+            observations[:-1],
+            self.model.policy.actions.encode(actions).float().cpu().numpy(),
+            np.array(self.rewards, dtype=np.float64),
+            self.original_return,
+            terminated,
+        )
+
+
+def flatten_observations(model: MRQ, obs: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
+    """
+    :param model: the model that takes the observations
+    :param obs: preprocessed observations, (B, ...) or a dict of these
+    :return: all values in a row, images averaged down to about a thousand values, (B, D)
+    """
+    space = model.observation_space
+    if isinstance(obs, dict):
+        assert isinstance(space, spaces.Dict)
+        parts = [(value, space[key]) for key, value in obs.items()]
+    else:
+        parts = [(obs, space)]
+    flat = []
+    for value, part in parts:
+        if model.policy.is_image(part):
+            side = max(math.isqrt(_IMAGE_VALUES // value.shape[1]), 4)
+            value = F.adaptive_avg_pool2d(value, (min(side, value.shape[2]), min(side, value.shape[3])))
+        flat.append(value.flatten(1))
+    return th.cat(flat, dim=1)
+
+
+def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    :param model: the model
+    :param obs: observations of all environments
+    :param n_envs: how many environments there are
+    :param noise: standard deviation of the exploration noise, 0 for the best action
+    :return: actions in the space, and in the stored form of the replay buffer (n_envs, action_dim)
+    :raises ValueError: if an action is not finite
+    """
+    is_box = isinstance(model.action_space, spaces.Box)
+    if noise > 0:
+        stored = model.policy.explore(obs, noise).reshape(n_envs, *model.action_space.shape)  # type: ignore[misc]
+        actions = model.policy.unscale_action(stored) if is_box else stored.astype(model.action_space.dtype)
+    else:
+        actions, _ = model.predict(obs, deterministic=True)
+        stored = model.policy.scale_action(actions) if is_box else actions
+    if not np.isfinite(stored).all():
+        raise ValueError(f"Training has diverged: the policy's action is {stored}.")
+    return actions, stored.reshape(n_envs, -1)
+
+
+def play(
+    model: MRQ, env: VecEnv, n_episodes: int, seed: int | None, exploration_noise: float, max_steps: int
+) -> list[Episode]:
+    """
+    Play episodes, in each of several environments about as many, so that short episodes are not preferred.
+
+    :param model: the model that acts
+    :param env: environments from ``wrap_env``
+    :param n_episodes: number of episodes
+    :param seed: of the environments and of the noise, None to let them go on as they are
+    :param exploration_noise: standard deviation of the exploration noise, 0 for the best action
+    :param max_steps: at most so many transitions are recorded; episodes that are running then are cut off
+    :return: the episodes
+    """
+    n_envs = env.num_envs
+    wanted = [(n_episodes + i) // n_envs for i in range(n_envs)]
+    recorders = [_Recorder(model) for _ in range(n_envs)]
+    episodes: list[list[Episode]] = [[] for _ in range(n_envs)]
+    n_steps = 0
+
+    def at(obs: Any, i: int) -> Any:
+        # Environments may write the next observation into the same memory
+        return {key: np.copy(value[i]) for key, value in obs.items()} if isinstance(obs, dict) else np.copy(obs[i])
+
+    with _normalization_of_training(model, env) as normalization:
+        if seed is not None:
+            env.seed(seed)
+            th.manual_seed(seed)
+        obs: Any = env.reset()
+        while True:
+            running = [i for i in range(n_envs) if len(episodes[i]) < wanted[i]]
+            if not running or n_steps >= max_steps:
+                break
+            actions, stored = _act(model, obs, n_envs, exploration_noise)
+            next_obs, rewards, dones, infos = env.step(actions)
+            original = rewards if normalization is None else normalization.get_original_reward()
+            for i in running:
+                recorder = recorders[i]
+                recorder.observe(at(obs, i))
+                recorder.actions.append(stored[i])
+                recorder.rewards.append(float(rewards[i]))
+                recorder.original_return += float(original[i])
+                n_steps += 1
+                if dones[i]:
+                    terminated = not infos[i].get("TimeLimit.truncated", False)
+                    episodes[i].append(recorder.finish(infos[i]["terminal_observation"], terminated))
+                    recorders[i] = _Recorder(model)
+            obs = next_obs
+        for i in range(n_envs):
+            if len(episodes[i]) < wanted[i] and recorders[i].rewards:
+                episodes[i].append(recorders[i].finish(at(obs, i), terminated=False))
+    return [episode for of_one in episodes for episode in of_one]

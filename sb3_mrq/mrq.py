@@ -231,6 +231,8 @@ class MRQ(OffPolicyAlgorithm):
         # rbar and rbar': mean absolute reward of the buffer when the targets were last replaced, and the time before
         self.reward_scale = 1.0
         self.target_reward_scale = 0.0
+        # Training step before which that was
+        self._targets_replaced_at: int | None = None
 
         # Of checkpoints: which run they are of, and from which one this model was resumed, until it learns
         self.run_id: str | None = None
@@ -618,7 +620,10 @@ class MRQ(OffPolicyAlgorithm):
         for _ in range(gradient_steps):
             # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
             if self._n_updates % self.target_update_interval == 0:
-                self._replace_targets()
+                if self._targets_replaced_at != self._n_updates:
+                    self._replace_targets()
+                    self._targets_replaced_at = self._n_updates
+                # All of them again where they were interrupted: they have not been counted
                 for _ in range(self.target_update_interval):
                     self._train_encoder(batch_size)
                 self._log_encoder()

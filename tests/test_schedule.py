@@ -237,6 +237,31 @@ def test_target_reward_scale_after_the_first_replacement():
     assert scales == dict.fromkeys(range(5), 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:Nothing will be learned")
+def test_interrupted_encoder_phase():
+    """It is done again, with the targets and both reward scales that it began with."""
+    model = make_model()
+    model.learn(17)
+    assert model._n_updates == 7
+    update, n_calls = model.learner.update_encoder, []
+
+    def interrupted(*args, **kwargs):
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            raise KeyboardInterrupt
+        return update(*args, **kwargs)
+
+    with mock.patch.object(model.learner, "update_encoder", interrupted), pytest.raises(KeyboardInterrupt):
+        model.learn(10, reset_num_timesteps=False)
+    assert model._n_updates == 10
+    scales = model.reward_scale, model.target_reward_scale
+    assert scales[0] != scales[1]
+    calls = record(model)
+    model.learn(1, reset_num_timesteps=False)
+    assert [call.kind for call in calls] == ["encoder"] * 5 + ["value"]
+    assert (model.reward_scale, model.target_reward_scale) == scales
+
+
 def test_reward_scale_without_rewards():
     """rbar is at least 1e-8, and losses stay finite."""
     model = make_model(ToyEnv(reward=lambda step: 0.0))

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 VERSION = sb3_mrq.__version__
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path) -> str:
     """What a command prints, if it succeeds."""
-    result = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=os.environ | environment
-    )
+    # A package that PYTHONPATH leads to would count as installed
+    environment = os.environ | {"PYTHONPATH": ""}
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -45,7 +45,7 @@ def dist(tmp_path_factory):
     run("git", "add", "--all", cwd=copy)
     run("git", *identity, "commit", "--quiet", "--message", "all", cwd=copy)
     # The sdist, and the wheel from what is in the sdist
-    run(sys.executable, "-m", "build", "--no-isolation", cwd=copy, PYTHONPATH="")
+    run(sys.executable, "-m", "build", "--no-isolation", cwd=copy)
     return copy / "dist"
 
 
@@ -90,7 +90,7 @@ assert files("sb3_mrq.hyperparams").joinpath("mrq.yml").is_file()
 sb3_mrq.MRQ("MlpPolicy", "CartPole-v1")
 print(sb3_mrq.__version__, files("sb3_mrq"), sep="\\n")
 """
-    version, folder = run(python, "-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()
+    version, folder = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert version == VERSION
     assert Path(folder).resolve().is_relative_to(venv.resolve())
     assert list(scripts.glob("sb3-mrq*"))

@@ -307,7 +307,8 @@ def measure_memory(size: int) -> dict[str, float]:
         buffer = full_buffer(size, buffer_class)
         figures[f"{name}_mb"] = (resident() - before) / 1e6
         del buffer
-    return {**figures, "mrq_to_sb3": figures["mrq_mb"] / figures["sb3_mb"]}
+    # A small buffer may fit where others were before it
+    return {**figures, "mrq_to_sb3": figures["mrq_mb"] / max(figures["sb3_mb"], 0.001)}
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -319,7 +320,8 @@ def table(figures: dict[str, Any]) -> str:
     lines = [f"{'':44} {'this':>10} {'reference':>10} {'ratio':>7}"]
 
     def line(what: str, this: float, reference: float, unit: str) -> None:
-        lines.append(f"{what:44} {this:7.1f} {unit} {reference:7.1f} {unit} {this / reference:7.2f}")
+        ratio = this / max(reference, 0.001)
+        lines.append(f"{what:44} {this:7.1f} {unit} {reference:7.1f} {unit} {ratio:7.2f}")
 
     for precision, row in update.items():
         for mode, timed in row.items() if precision not in ("gflop", "plain_ms") else ():

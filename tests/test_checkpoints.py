@@ -407,7 +407,15 @@ def test_handlers_are_restored_after_an_error(tmp_path):
     assert steps(tmp_path) == []
 
 
-def test_signals_left_alone(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_left_alone(tmp_path, interruptible):
     model = tiny_model(SpaceEnv())
     with pytest.raises(KeyboardInterrupt):
         model.learn(30, callback=[ResumableCheckpointCallback(10, tmp_path, handle_signals=False), send(signal.SIGINT, 15)])
@@ -464,6 +472,7 @@ def test_ctrl_c_with_worker_processes(tmp_path):
     """The signal goes to the processes of the environments too, which die of it."""
     code = """
     import os
+    import signal
     import sys
     from envs import SpaceEnv, tiny_model
     from stable_baselines3.common.env_util import make_vec_env
@@ -471,6 +480,7 @@ def test_ctrl_c_with_worker_processes(tmp_path):
     from sb3_mrq.callbacks import ResumableCheckpointCallback
 
     if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
         env = make_vec_env(SpaceEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
         model = tiny_model(env)
         callback = ResumableCheckpointCallback(20, sys.argv[1], verbose=1)

@@ -109,7 +109,9 @@ def space_from(description: dict[str, Any]) -> spaces.Space:
         low, high = (_decode_bounds(description[name], shape, dtype) for name in ("low", "high"))
         return spaces.Box(low, high, shape, dtype.type)
     if kind == "Discrete":
-        return spaces.Discrete(description["n"], start=description["start"], dtype=dtype.type)
+        # Of another type since gymnasium 1.1 only
+        other_type = {} if dtype == np.int64 else {"dtype": dtype.type}
+        return spaces.Discrete(description["n"], start=description["start"], **other_type)
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(description["nvec"], dtype=dtype.type, start=description["start"])
     raise KeyError(kind)

@@ -27,6 +27,19 @@ def restore_groups(groups: list[dict[str, Any]], optimizer: th.optim.Optimizer) 
             group["capturable"] = optimizer.defaults["capturable"]
 
 
+def release(model: "MRQ") -> None:
+    """
+    Leave optimisers and replay buffer as they would be without captured training steps, also where these failed halfway.
+
+    :param model: the model
+    """
+    for name in ("encoder", "critic", "actor"):
+        optimizer = getattr(model, name).optimizer
+        restore_groups(optimizer.param_groups, optimizer)
+    if model.replay_buffer is not None:
+        model.replay_buffer.drop_mirror()
+
+
 class DeviceTraining:
     """
     What a model does over and over, as graphs: one encoder update, one value and policy update, and acting where transitions
@@ -108,14 +121,6 @@ class DeviceTraining:
                 group["capturable"] = True
                 for state in optimizer.state.values():
                     state["step"] = state["step"].to(self.device)
-
-    def release(self) -> None:
-        """Leave optimisers and replay buffer as they would be without this."""
-        for name in ("encoder", "critic", "actor"):
-            optimizer = getattr(self.model, name).optimizer
-            restore_groups(optimizer.param_groups, optimizer)
-        if self.model.replay_buffer is not None:
-            self.model.replay_buffer.drop_mirror()
 
     def update_encoder(self) -> None:
         """One encoder update."""

@@ -33,7 +33,7 @@ from sb3_mrq.buffers import (
 )
 from sb3_mrq.checkpoints import resume, set_generators
 from sb3_mrq.device_replay import DeviceReplay
-from sb3_mrq.device_training import DeviceTraining, restore_groups
+from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.graphs import CaptureError, Graph
 from sb3_mrq.learner import EncoderMetrics, Learner, MetricMeans, Observation, Scalars, ValuePolicyMetrics, grad_norm
@@ -670,9 +670,8 @@ class MRQ(OffPolicyAlgorithm):
             stacklevel=2,
         )
         self._may_capture = False
-        if self._device_training is not None:
-            self._device_training.release()
-            self._device_training = None
+        release(self)
+        self._device_training = None
 
     def _train_encoder(self, batch_size: int) -> None:
         """

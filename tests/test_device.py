@@ -509,7 +509,7 @@ class TestTraining:
         with pytest.warns(UserWarning, match=message) as record:
             model.learn(steps)
         assert len([w for w in record if "captured" in str(w.message)]) == 1
-        assert model._device_training is None
+        assert model._device_training is None and model.replay_buffer._mirror is None
         assert model._n_updates == steps - 10
         assert all(isinstance(getattr(model, name).optimizer.param_groups[0]["lr"], float) for name in NETWORKS)
         assert all(th.isfinite(p).all() for p in model.policy.parameters())

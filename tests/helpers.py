@@ -1,5 +1,8 @@
 """What several test modules share: small agents, and their weights under the names that the formulas give the layers."""
 
+import resource
+from contextlib import contextmanager
+
 import numpy as np
 import torch as th
 from torch import nn
@@ -122,3 +125,14 @@ def snapshot(module):
 def same(first, second):
     """Whether two snapshots are equal to the last bit."""
     return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
+
+
+@contextmanager
+def file_size_limit(n):
+    """No file may grow beyond so many bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -6,7 +6,6 @@ complete.
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch as th
 from envs import IMAGE, SpaceEnv, policy_for, tiny_model
-from helpers import snapshot
+from helpers import file_size_limit, snapshot
 from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
@@ -254,16 +253,6 @@ def test_ended_at_any_step_of_writing(trained, tmp_path, monkeypatch, after):
         before = {c.path.name for c in list_checkpoints(copy)}
     # From some call on it is the new one
     assert not newest[0] and newest[-1] and newest == sorted(newest)
-
-
-@contextmanager
-def file_size_limit(n):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def assert_still_usable(model, folder, expected):

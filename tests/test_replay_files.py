@@ -6,16 +6,15 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import sys
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from envs import BOX, IMAGE, VECTOR, SpaceEnv, policy_for, tiny_model
 from gymnasium import spaces
+from helpers import file_size_limit
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_mrq import replay_files
@@ -403,16 +402,6 @@ def test_model_goes_on_with_a_buffer_of_another_size(tmp_path):
     assert other.replay_buffer.buffer_size == 150
     other.learn(20, reset_num_timesteps=False)
     assert other.replay_buffer.size() == 60
-
-
-@contextmanager
-def file_size_limit(n):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits")

@@ -44,15 +44,19 @@ class NonFiniteError(BadValueError):
     """
 
 
-def check_numbers(value: np.ndarray, names: str, where: str = "") -> None:
+def _where(key: Any) -> str:
+    return "" if key is None else f" under {key!r}"
+
+
+def check_numbers(value: np.ndarray, names: str, key: Any = None) -> None:
     """
     :param value: of all environments, (n_envs, ...)
     :param names: what they are
-    :param where: the key of observations that are dicts, for the message
+    :param key: of observations that are dicts
     :raises BadValueError: if they are not numbers
     """
     if value.dtype.kind not in "biuf":
-        raise BadValueError(f"The environments gave {names} of the type {value.dtype}{where}, which are not numbers,")
+        raise BadValueError(f"The environments gave {names} of the type {value.dtype}{_where(key)}, which are not numbers,")
 
 
 def check_finite(value: np.ndarray, name: str, largest: float, key: Any = None) -> None:
@@ -70,9 +74,8 @@ def check_finite(value: np.ndarray, name: str, largest: float, key: Any = None) 
     fine = (value >= -bound) & (value <= bound)
     if not fine.all():
         index = tuple(np.argwhere(~fine)[0])
-        where = "" if key is None else f" under {key!r}"
         beyond = f" (the largest allowed is {largest:g})" if np.isfinite(value[index]) else ""
-        raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{where}{beyond}")
+        raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}{beyond}")
 
 
 def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
@@ -81,6 +84,24 @@ def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
     :return: its parts if it is a Dict, else itself under None
     """
     return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+
+
+def check_form(obs: np.ndarray | dict[str, np.ndarray], space: spaces.Space, n_envs: int, name: str = "observation") -> None:
+    """
+    :param obs: of all environments, (n_envs, ...) or a dict of these
+    :param space: the observation space
+    :param n_envs: number of environments
+    :param name: what the observations are
+    :raises BadValueError: if the shape is not that of the space, or if they are not numbers
+    """
+    for key, part in subspaces_of(space).items():
+        value = obs[key] if isinstance(obs, dict) else obs
+        # Discrete ones may stand in a column
+        if value.shape not in ((n_envs, *part.shape), (n_envs, *get_obs_shape(part))):  # type: ignore[misc]
+            raise BadValueError(
+                f"The environments gave {name}s of the shape {value.shape}{_where(key)}, not {(n_envs, *part.shape)},"  # type: ignore[misc]
+            )
+        check_numbers(value, name + "s", key)
 
 
 def check_observations(
@@ -94,15 +115,9 @@ def check_observations(
     :raises NonFiniteError: if a number is infinite, not a number, or too large
     :raises BadValueError: if the shape is not that of the space, or an integer stands for no value of the space
     """
+    check_form(obs, space, n_envs, name)
     for key, part in subspaces_of(space).items():
         value = obs[key] if isinstance(obs, dict) else obs
-        where = "" if key is None else f" under {key!r}"
-        # Discrete ones may stand in a column
-        if value.shape not in ((n_envs, *part.shape), (n_envs, *get_obs_shape(part))):  # type: ignore[misc]
-            raise BadValueError(
-                f"The environments gave {name}s of the shape {value.shape}{where}, not {(n_envs, *part.shape)},"  # type: ignore[misc]
-            )
-        check_numbers(value, name + "s", where)
         check_finite(value, name, LARGEST_OBSERVATION, key)
         if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
             # Out of range they would be the index of another value, or of none
@@ -110,7 +125,9 @@ def check_observations(
             fine = (value >= part.start) & (value < part.start + size)
             if not fine.all():
                 index = tuple(np.argwhere(~fine)[0])
-                raise BadValueError(f"Environment {index[0]} gave the {name} {value[index]}{where}, which is not in {part},")
+                raise BadValueError(
+                    f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}, which is not in {part},"
+                )
 
 
 class SubtrajectorySamples(NamedTuple):
@@ -388,18 +405,21 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         check_numbers(reward, "rewards")
         check_finite(reward, "reward", LARGEST_REWARD)
         reward = np.asarray(reward, dtype=np.float32)
-        check_observations(obs, self.observation_space, self.n_envs)
         final = "final observation" if done.any() else "observation"
         check_observations(next_obs, self.observation_space, self.n_envs, final)
-        obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
-        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
-
-        if self._running.any():
-            continues = np.ones(self.n_envs, dtype=bool)
+        check_form(obs, self.observation_space, self.n_envs)
+        with np.errstate(invalid="ignore", over="ignore"):  # what casting spoils is refused below
+            obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
+        continues = self._running.copy()
+        if continues.any():
             for key, value in obs_.items():
                 continues &= (value == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
-            self._close(self._running & ~continues)
+        if not continues.all():
+            # The others have been checked as next observations of the step before
+            check_observations(obs, self.observation_space, self.n_envs)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
 
+        self._close(self._running & ~continues)
         beginning = ~self._running
         for key, storage in self._storages.items():
             if not storage.data.size:

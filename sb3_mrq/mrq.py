@@ -469,8 +469,11 @@ class MRQ(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        # The first observation of the next episode is not stored now, but acted on before it is
-        self._check_observations(new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs())
+        if dones.any():
+            # The first observation of the next episode is not stored now, but acted on before it is
+            self._check_observations(
+                new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
+            )
         try:
             for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
                 # SB3 would take the first observation of the next episode

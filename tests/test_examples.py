@@ -4,6 +4,7 @@ Every example runs, with few steps, and ends by saying what it says at its end; 
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ LAST_WORDS = {
     "export_onnx": ("policy.onnx: .* actions differ from model.predict by at most", 12),
     "first_steps": ("one episode: -", 40),
     "parallel_environments": ("24 steps of 4 environments, 8 training steps", 24),
+    "resume_after_crash": ("finished after 20 steps, 20 transitions", 20),
     "search": ("best of 2 trials: -.* with {'learning_rate'", 12),
     "vec_normalize": (r"return -.* \+- ", 12),
 }
@@ -32,25 +34,39 @@ def test_all_are_known():
     assert scripts == {*LAST_WORDS, "train", "compare"}
 
 
-@pytest.mark.parametrize("name", LAST_WORDS)
-def test_example(name, tmp_path):
-    words, steps = LAST_WORDS[name]
+def run(name, folder, steps, *arguments):
+    """Run an example in a folder with so many steps."""
     # Targets are replaced every 5 steps, not 250 with as many encoder updates, which on images take minutes on a CPU
     code = (
         "import runpy, sys; from sb3_mrq import MRQ; "
         "MRQ.__init__.__defaults__ = tuple(5 if d == 250 else d for d in MRQ.__init__.__defaults__); "
-        f"sys.argv = [{name!r}]; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
+        f"sys.argv = {[name, *arguments]!r}; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
     )
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"EXAMPLE_STEPS": str(steps)},
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+@pytest.mark.parametrize("name", LAST_WORDS)
+def test_example(name, tmp_path):
+    words, steps = LAST_WORDS[name]
+    process = run(name, tmp_path, steps)
     assert process.returncode == 0, process.stderr
     assert re.search(words, process.stdout), process.stdout[-2000:]
+
+
+def test_resuming_after_a_crash(tmp_path):
+    killed = run("resume_after_crash", tmp_path, 20, "--crash-at", "15")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run("resume_after_crash", tmp_path, 20)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after 14 steps, 6 to go" in resumed.stdout
+    assert "finished after 20 steps" in resumed.stdout
 
 
 def test_notebook(tmp_path, monkeypatch):

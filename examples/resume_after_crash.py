@@ -1,0 +1,59 @@
+"""
+Resuming after a crash: stop this script in whatever way, `kill -9` included, and start it again. It goes on from the newest
+checkpoint, with the replay buffer, the optimisers and the random generators of that moment.
+
+    python examples/resume_after_crash.py
+    python examples/resume_after_crash.py --crash-at 12000
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import gymnasium as gym
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_mrq import MRQ
+from sb3_mrq.callbacks import ResumableCheckpointCallback
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+FOLDER = Path("crash_checkpoints")
+
+
+class Crash(BaseCallback):
+    """
+    Kills this process, to show what is left.
+
+    :param step: after how many steps
+    """
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.step:
+            print(f"killed after {self.step} steps", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--crash-at", type=int, help="kill this process after so many steps")
+args = parser.parse_args()
+
+env = gym.make("Pendulum-v1")
+# The last two are kept: should the newest have been damaged, the one before it is taken
+callbacks: list[BaseCallback] = [ResumableCheckpointCallback(save_freq=max(STEPS // 10, 1), save_path=FOLDER, keep_last=2)]
+if args.crash_at is not None:
+    callbacks.append(Crash(args.crash_at))
+
+if FOLDER.exists():
+    model = MRQ.resume(FOLDER, env)
+    print(f"resumed after {model.num_timesteps} steps, {model.remaining_timesteps} to go")
+    model.learn(model.remaining_timesteps, callback=callbacks, reset_num_timesteps=False)
+else:
+    model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2))
+    model.learn(STEPS, callback=callbacks)
+print(f"finished after {model.num_timesteps} steps, {model.replay_buffer.size()} transitions in the replay buffer")

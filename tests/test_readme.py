@@ -1,0 +1,118 @@
+"""
+Every command and snippet of the README is executed, as it stands there, one after the other in one folder. Those that would
+take long are shortened: functions of the shell stand in for the commands and add arguments, of which the last ones count.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from test_docs import SHORTEN, code_of
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+STEPS = int(os.environ.get("SB3_MRQ_README_STEPS", "240"))
+
+# The two that cannot be executed within a test are what brought it here: .ci/run has these lines
+IN_CI = {
+    'pip install -c .ci/constraints.txt ".[all]"': '-m pip install -c .ci/constraints.txt ".[all]"',
+    "make test": "make test ",
+}
+FUNCTIONS = f"""
+set -euo pipefail
+small="learning_starts:{STEPS // 2} batch_size:8"
+networks="policy_kwargs:dict(net_arch=dict(encoder=[8],qf=[8],pi=[8]),z_s_dim=8,z_sa_dim=8,z_a_dim=4) target_update_interval:20"
+sb3-mrq() {{
+    local more=()
+    case "$*" in
+        *-optimize*) more=(-n {STEPS} --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots -params batch_size:8) ;;
+        train*td3*) more=(-n {STEPS} --eval-freq {STEPS // 2} --eval-episodes 1 -params $small) ;;
+        train*" -i "*) more=(-n {STEPS} --eval-freq -1) ;;
+        train*) more=(-n {STEPS} --save-freq {STEPS // 2} --eval-freq {STEPS // 2} --eval-episodes 1 -params $small $networks) ;;
+        enjoy*|record_video*) more=(-n 20) ;;
+        diagnose*) more=(-n 2) ;;
+    esac
+    command sb3-mrq "$@" "${{more[@]}}"
+}}
+python() {{
+    local more=()
+    case "$*" in
+        *compare.py*) more=(--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1) ;;
+        *study*) more=(--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
+                       --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1) ;;
+    esac
+    command python "$@" "${{more[@]}}"
+}}
+make() {{
+    # Everything is set up already
+    case "$*" in
+        train*) (out=$PWD/make; cd {ROOT} && command make -o setup "$@" STEPS={STEPS} OUT="$out") ;;
+        *) echo "no stand-in for make $*"; return 1 ;;
+    esac
+}}
+"""
+
+
+def blocks():
+    """The blocks of commands: the indented ones."""
+    text = re.sub(r"^```.*?^```", "", README.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in re.findall(r"(?:^    \S.*\n|^     .*\n)+", text, re.M)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("examples", "benchmarks", "pyproject.toml", "sb3_mrq", ".ci"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+@pytest.mark.parametrize("number", range(len(blocks())))
+def test_commands(number, folder):
+    ci = (ROOT / ".ci" / "run").read_text("utf-8")
+    lines = []
+    for line in blocks()[number].splitlines():
+        command = line.partition("    #")[0].strip()
+        if command in IN_CI:
+            assert IN_CI[command] in ci
+        elif command == "pip install .":
+            pass  # tests/test_distribution.py installs the wheel
+        else:
+            lines.append(line)
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
+        "PYTHON": sys.executable,
+        "MPLBACKEND": "agg",
+        "SDL_VIDEODRIVER": "dummy",
+    }
+    result = subprocess.run(
+        ["bash", "-c", FUNCTIONS + "\n".join(lines)], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+def test_what_the_commands_leave(folder):
+    """The files that the README speaks of."""
+    if not (folder / "logs").exists():
+        pytest.skip("the commands were not run")
+    assert (folder / "make" / "video").exists() or list((folder / "make").glob("**/*.mp4"))
+    assert list(folder.glob("logs/mrq/Pendulum-v1_1/videos/*.mp4"))
+    assert (folder / "logs/mrq/Pendulum-v1_1/diagnosis/index.html").exists()
+    assert (folder / "continued/mrq/Pendulum-v1_1/Pendulum-v1.zip").exists()
+    assert matplotlib.image.imread(folder / "scores.png").std() > 0
+    assert list(folder.glob("runs/*/report/index.html"))
+
+
+def test_snippets(tmp_path):
+    """The blocks of Python, one after the other in one process."""
+    assert len(code_of(README)) >= 4
+    script = tmp_path / "readme.py"
+    script.write_text(SHORTEN + "\n".join(code_of(README)), "utf-8")
+    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr

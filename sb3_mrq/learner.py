@@ -391,7 +391,7 @@ class Learner:
             z_s = self.encoder.state(obs)
             z_sa = self.encoder.state_action(z_s, actions)
         returns, discount = losses.n_step_return(rewards, terminated, mask, self.gamma)
-        target = losses.value_target(returns, discount, next_q.to(rewards.dtype), reward_scale, target_reward_scale)
+        target = losses.value_target(returns, discount, next_q, reward_scale, target_reward_scale)
         return target, z_s, z_sa
 
     def value_loss(self, z_sa: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -402,7 +402,6 @@ class Learner:
         """
         with self._autocast():
             q = self.critic(z_sa)
-        q = q.to(target.dtype)
         return losses.value_loss(q, target), q.detach()
 
     def policy_loss(self, z_s: th.Tensor, gumbel: th.Tensor | None) -> th.Tensor:
@@ -416,7 +415,7 @@ class Learner:
             pre_activation = self.actor(z_s).to(dtype)
             action = self.actions.activation(pre_activation, gumbel)
             q = with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
-        return losses.policy_loss(q.to(dtype), pre_activation, self.pre_activation_weight)
+        return losses.policy_loss(q, pre_activation, self.pre_activation_weight)
 
     def update_value_and_policy(
         self,

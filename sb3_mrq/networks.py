@@ -274,6 +274,9 @@ class Critic(nn.Module):
     """
     Q: independent value heads on z_sa, each Linear-LN-activation for every hidden layer, then a linear layer to a scalar.
 
+    That last layer is computed in float32 also where autocast computes the others in bfloat16: the 8 bits of a bfloat16 put the
+    values in steps of half a per cent, which is more than the actions in a state differ by, and learning starts late.
+
     :param z_sa_dim: size of the state-action embedding
     :param net_arch: sizes of the hidden layers
     :param activation_fn: class of the activation
@@ -296,7 +299,14 @@ class Critic(nn.Module):
         :param z_sa: (B, ZSA)
         :return: values in units of the reward scale, (B, n_critics)
         """
-        return self.layers(z_sa.expand(self.n_critics, *z_sa.shape)).squeeze(-1).transpose(0, 1)
+        x = z_sa.expand(self.n_critics, *z_sa.shape)
+        *hidden_layers, output_layer = self.layers
+        assert isinstance(output_layer, EnsembleLinear)
+        for layer in hidden_layers:
+            x = layer(x)
+        with th.autocast(x.device.type, enabled=False):
+            q_values = output_layer(x.to(output_layer.weight.dtype))
+        return q_values.squeeze(-1).transpose(0, 1)
 
 
 class Actor(nn.Module):

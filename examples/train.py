@@ -1,9 +1,11 @@
 """
-Train MR.Q on a Gymnasium task and leave in one folder: the model, its evaluation, the course of training as CSV files and
-as a picture, and a video.
+Train MR.Q on a task and leave in one folder: the model, its evaluation, the course of training as CSV files and as a picture,
+a video, and a report of what the model has learned.
 
     python examples/train.py
     python examples/train.py --env HalfCheetah-v5 --steps 1000000 --seed 1
+    python examples/train.py --env dmc/walker-walk-v0
+    python examples/train.py --env ALE/Pong-v5
 
 Without arguments it trains small networks on a small task, to see it solved within minutes. Every other task gets the default
 hyperparameters, and as many steps as hyperparams/mrq.yml says.
@@ -25,7 +27,7 @@ import gymnasium as gym
 import matplotlib
 import pandas as pd
 import yaml
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, RecordVideo
+from gymnasium.wrappers import RecordVideo
 from matplotlib import pyplot as plt
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -36,7 +38,9 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.results_plotter import X_TIMESTEPS, ts2xy
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_mrq.envs
 from sb3_mrq import MRQ
+from sb3_mrq.diagnostics import diagnose
 
 HYPERPARAMS = Path(__file__).resolve().parents[1] / "hyperparams" / "mrq.yml"
 N_EVALUATIONS = 20  # during training
@@ -78,14 +82,8 @@ def choose_steps(env_id: str) -> int:
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The task, with the paper's preprocessing if it is an Atari game."""
-    if not env_id.startswith("ALE/"):
-        return gym.make(env_id, render_mode=render_mode)
-    import ale_py
-
-    gym.register_envs(ale_py)
-    # Sticky actions, the minimal action set and the limit of 108,000 frames are the defaults of these ids.
-    env = gym.make(env_id, render_mode=render_mode, frameskip=1)
-    return FrameStackObservation(AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84), stack_size=4)
+    env = gym.make(env_id, render_mode=render_mode)
+    return sb3_mrq.envs.AtariWrapper(env) if env_id.startswith("ALE/") else env
 
 
 def choose_policy(observation_space: gym.Space) -> str:
@@ -176,6 +174,7 @@ def main() -> None:
         film(model, args.env, folder, args.seed)
     except Exception as error:  # there are as many ways to lack a display as there are renderers
         print(f"No video: {args.env} cannot be rendered here ({error!r}).")
+    diagnose(model, eval_env).report(folder / "diagnosis")
     evaluate(model, eval_env, args.env, folder / "evaluation.json")
     print(f"Everything is in {folder}")
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
-from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_mrq.checks import LARGEST_REWARD, BadValueError, ObservationChecks, check_range, check_type, subspaces_of
 from sb3_mrq.frames import ObservationStorage
 from sb3_mrq.priorities import PriorityTree
 
@@ -24,110 +24,6 @@ STORED = 1  # holds a transition, not only an observation
 ENDED = 2  # the transition is the last of its stretch
 TERMINATED = 4  # ... and the episode terminated there
 PRESENT = 8  # holds an observation
-
-
-# Largest absolute values that float32 leaves room to compute with: layer normalisation squares sums over an observation, and
-# a return is a sum of rewards
-LARGEST_OBSERVATION = 1e18
-LARGEST_REWARD = 1e30
-
-
-class BadValueError(ValueError):
-    """
-    An environment gave something that cannot be learned from.
-    """
-
-
-class NonFiniteError(BadValueError):
-    """
-    An observation or reward is infinite or not a number, or so large that what is computed from it would be.
-    """
-
-
-def _where(key: Any) -> str:
-    return "" if key is None else f" under {key!r}"
-
-
-def check_numbers(value: np.ndarray, names: str, key: Any = None) -> None:
-    """
-    :param value: of all environments, (n_envs, ...)
-    :param names: what they are
-    :param key: of observations that are dicts
-    :raises BadValueError: if they are not numbers
-    """
-    if value.dtype.kind not in "biuf":
-        raise BadValueError(f"The environments gave {names} of the type {value.dtype}{_where(key)}, which are not numbers,")
-
-
-def check_finite(value: np.ndarray, name: str, largest: float, key: Any = None) -> None:
-    """
-    :param value: of all environments, (n_envs, ...)
-    :param name: what it is
-    :param largest: largest absolute value that is allowed
-    :param key: of an observation that is a dict
-    :raises NonFiniteError: if a number is infinite, not a number, or larger
-    """
-    range_ = np.finfo(value.dtype) if value.dtype.kind == "f" else np.iinfo(value.dtype) if value.dtype.kind in "iu" else None
-    if range_ is None or (value.dtype.kind != "f" and range_.max <= largest):
-        return
-    bound = min(largest, float(range_.max))
-    fine = (value >= -bound) & (value <= bound)
-    if not fine.all():
-        index = tuple(np.argwhere(~fine)[0])
-        beyond = f" (the largest allowed is {largest:g})" if np.isfinite(value[index]) else ""
-        raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}{beyond}")
-
-
-def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
-    """
-    :param space: an observation space
-    :return: its parts if it is a Dict, else itself under None
-    """
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
-
-
-def check_form(obs: np.ndarray | dict[str, np.ndarray], space: spaces.Space, n_envs: int, name: str = "observation") -> None:
-    """
-    :param obs: of all environments, (n_envs, ...) or a dict of these
-    :param space: the observation space
-    :param n_envs: number of environments
-    :param name: what the observations are
-    :raises BadValueError: if the shape is not that of the space, or if they are not numbers
-    """
-    for key, part in subspaces_of(space).items():
-        value = obs[key] if isinstance(obs, dict) else obs
-        # Discrete ones may stand in a column
-        if value.shape not in ((n_envs, *part.shape), (n_envs, *get_obs_shape(part))):  # type: ignore[misc]
-            raise BadValueError(
-                f"The environments gave {name}s of the shape {value.shape}{_where(key)}, not {(n_envs, *part.shape)},"  # type: ignore[misc]
-            )
-        check_numbers(value, name + "s", key)
-
-
-def check_observations(
-    obs: np.ndarray | dict[str, np.ndarray], space: spaces.Space, n_envs: int, name: str = "observation"
-) -> None:
-    """
-    :param obs: of all environments, (n_envs, ...) or a dict of these
-    :param space: the observation space
-    :param n_envs: number of environments
-    :param name: what the observations are
-    :raises NonFiniteError: if a number is infinite, not a number, or too large
-    :raises BadValueError: if the shape is not that of the space, or an integer stands for no value of the space
-    """
-    check_form(obs, space, n_envs, name)
-    for key, part in subspaces_of(space).items():
-        value = obs[key] if isinstance(obs, dict) else obs
-        check_finite(value, name, LARGEST_OBSERVATION, key)
-        if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
-            # Out of range they would be the index of another value, or of none
-            size = part.n if isinstance(part, spaces.Discrete) else part.nvec
-            fine = (value >= part.start) & (value < part.start + size)
-            if not fine.all():
-                index = tuple(np.argwhere(~fine)[0])
-                raise BadValueError(
-                    f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}, which is not in {part},"
-                )
 
 
 class SubtrajectorySamples(NamedTuple):
@@ -244,6 +140,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.horizon = horizon
         self.n_steps = n_steps
+        self._checks = ObservationChecks(observation_space, n_envs)
         # Transitions from a start on that must be there for it to be sampled
         self.reach = max(horizon, n_steps)
         self.reset()
@@ -398,28 +295,26 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             self._allocate()
         action = np.reshape(action, (self.n_envs, self.action_dim))
         done = np.asarray(done, dtype=bool)
-        for name, value in (("reward", reward), ("done", done)):
-            if np.shape(value) != (self.n_envs,):
-                raise BadValueError(f"The environments gave {name}s of the shape {np.shape(value)}, not {(self.n_envs,)},")
         reward = np.asarray(reward)
-        check_numbers(reward, "rewards")
-        check_finite(reward, "reward", LARGEST_REWARD)
-        reward = np.asarray(reward, dtype=np.float32)
-        final = "final observation" if done.any() else "observation"
-        check_observations(next_obs, self.observation_space, self.n_envs, final)
-        check_form(obs, self.observation_space, self.n_envs)
+        for name, value in (("reward", reward), ("done", done)):
+            if value.shape != (self.n_envs,):
+                raise BadValueError(f"The environments gave {name}s of the shape {value.shape}, not {(self.n_envs,)},")
+        check_type(reward, "reward")
+        check_range(reward, "reward", LARGEST_REWARD)
+        reward = reward.astype(np.float32, copy=False)
+        ended = bool(np.count_nonzero(done))
+        self._checks.check(next_obs, "final observation" if ended else "observation")
+        next_obs_ = self._cast(next_obs)
+        self._checks.check_form(obs)
         with np.errstate(invalid="ignore", over="ignore"):  # what casting spoils is refused below
-            obs_, next_obs_ = self._cast(obs), self._cast(next_obs)
-        continues = self._running.copy()
-        if continues.any():
-            for key, value in obs_.items():
-                continues &= (value == self._last_next_obs[key]).reshape(self.n_envs, -1).all(axis=1)
-        if not continues.all():
+            obs_ = self._cast(obs)
+        continues = self._continues(obs_)
+        all_continue = np.count_nonzero(continues) == self.n_envs
+        if not all_continue:
             # The others have been checked as next observations of the step before
-            check_observations(obs, self.observation_space, self.n_envs)
-        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
+            self._checks.check(obs)
+            self._close(self._running & ~continues)
 
-        self._close(self._running & ~continues)
         beginning = ~self._running
         for key, storage in self._storages.items():
             if not storage.data.size:
@@ -427,45 +322,59 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             elif not storage.fits(obs_[key], next_obs_[key], beginning):
                 storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
 
-        if beginning.any():
-            self._write_observations((self._ring + self._head)[beginning], obs_, beginning, ages=None)
-            self._length[beginning] = 0
         places = self._ring + self._head
+        if not all_continue:
+            first_obs = {key: value[beginning] for key, value in obs_.items()}
+            self._write_observations(places[beginning], first_obs, ages=None)
+            self._length[beginning] = 0
         next_head = (self._head + 1) % self.buffer_size
-        self.full |= bool((next_head == 0).any())
-        self._write_observations(self._ring + next_head, next_obs_, np.ones(self.n_envs, dtype=bool), ages=self._ages[places])
+        self.full |= bool(np.count_nonzero(next_head) < self.n_envs)
+        self._write_observations(self._ring + next_head, next_obs_, ages=self._ages[places])
 
         self.actions[places] = action
         self.rewards[places] = reward
-        terminated = done & ~truncated
-        self._flags[places] = PRESENT | STORED | np.where(terminated, TERMINATED, 0)
+        self._flags[places] = PRESENT | STORED
+        if ended:
+            truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
+            terminated = done & ~truncated
+            self._flags[places[terminated]] |= TERMINATED
+            self.has_terminated |= bool(terminated.any())
         self._changed(places)
-        self.has_terminated |= bool(terminated.any())
         self._n_stored += self.n_envs
         self._length += 1
         self._head = next_head
         self._running[:] = True
         self._last_next_obs = next_obs_
         complete = self._length >= self.reach
-        if complete.any():
+        if np.count_nonzero(complete):
             self._activate(self._ring[complete] + (self._head[complete] - self.reach) % self.buffer_size)
-        self._close(done)
+        if ended:
+            self._close(done)
         self.pos = int(self._head[0])
 
-    def _write_observations(
-        self, places: np.ndarray, obs: dict[str | None, np.ndarray], envs: np.ndarray, ages: np.ndarray | None
-    ) -> None:
+    def _continues(self, obs: dict[str | None, np.ndarray]) -> np.ndarray:
         """
-        Write observations of some environments, over whatever is there.
+        :param obs: of all environments
+        :return: where they are the next observations of the step before, in a stretch that is running, bool (n_envs,)
+        """
+        continues = self._running
+        if np.count_nonzero(continues):
+            for key, value in obs.items():
+                same = (value == self._last_next_obs[key]).reshape(self.n_envs, -1)
+                continues = continues & np.logical_and.reduce(same, axis=1)
+        return continues
+
+    def _write_observations(self, places: np.ndarray, obs: dict[str | None, np.ndarray], ages: np.ndarray | None) -> None:
+        """
+        Write observations, over whatever is there.
 
         :param places: (m,)
-        :param obs: of all environments
-        :param envs: which environments to write, bool (n_envs,)
+        :param obs: (m, ...) each
         :param ages: ages of the observations before them, (m,), None where they begin a stretch
         """
         self._evict(places)
         for key, storage in self._storages.items():
-            storage.write(places, obs[key][envs])
+            storage.write(places, obs[key])
         self._ages[places] = 0 if ages is None else np.minimum(ages, 254) + 1
         self._flags[places] = PRESENT
         self._changed(places)

@@ -24,14 +24,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_v
 
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
-from sb3_mrq.buffers import (
-    BadValueError,
-    NStepSamples,
-    SubtrajectoryReplayBuffer,
-    SubtrajectorySamples,
-    check_observations,
-)
+from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.checkpoints import resume, set_generators
+from sb3_mrq.checks import BadValueError, ObservationChecks
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
@@ -489,7 +484,7 @@ class MRQ(OffPolicyAlgorithm):
         :raises BadValueError: if one cannot be learned from
         """
         try:
-            check_observations(obs, self.observation_space, self.n_envs)
+            ObservationChecks(self.observation_space, self.n_envs).check(obs)
         except BadValueError as error:
             raise self._at_this_step(error) from None
 

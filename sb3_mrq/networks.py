@@ -274,8 +274,8 @@ class Critic(nn.Module):
     """
     Q: independent value heads on z_sa, each Linear-LN-activation for every hidden layer, then a linear layer to a scalar.
 
-    That last layer is computed in float32 also where autocast computes the others in bfloat16: the 8 bits of a bfloat16 put the
-    values in steps of half a per cent, which is more than the actions in a state differ by, and learning starts late.
+    That last layer is computed in float32 also where autocast computes the others in bfloat16. The 8 bits of a bfloat16 would
+    put values in steps of half a per cent, which hide what the actions in a state differ by: learning starts late.
 
     :param z_sa_dim: size of the state-action embedding
     :param net_arch: sizes of the hidden layers

@@ -149,6 +149,7 @@ class HostileEnv(gym.Env):
         self.fault, self.fault_step = fault, fault_step
         self.episode, self.steps = -1, 0
         self.faults = 0  # how often it went wrong
+        self.ended_by_fault = False  # whether the episode ended with it
         self.rng = np.random.default_rng(0)
 
     def observe(self):
@@ -174,7 +175,8 @@ class HostileEnv(gym.Env):
         result = self.observe(), reward, end in ("terminated", "both"), end in ("truncated", "both"), {}
         if self.steps == self.fault_step and self.fault != "reset raises":
             self.faults += 1
-            return FAULTS[self.fault](*result)
+            result = FAULTS[self.fault](*result)
+            self.ended_by_fault = any(result[2:4])
         return result
 
 

@@ -24,35 +24,39 @@ IN_CI = {
 }
 FUNCTIONS = f"""
 set -euo pipefail
-small="learning_starts:{STEPS // 2} batch_size:8"
-networks="policy_kwargs:dict(net_arch=dict(encoder=[8],qf=[8],pi=[8]),z_s_dim=8,z_sa_dim=8,z_a_dim=4) target_update_interval:20"
+params="-params learning_starts:{STEPS // 2} batch_size:8"
+mrq="target_update_interval:20 policy_kwargs:dict(net_arch=dict(encoder=[8],qf=[8],pi=[8]),z_s_dim=8,z_sa_dim=8,z_a_dim=4)"
+evaluations="--eval-freq {STEPS // 2} --eval-episodes 2"
 sb3-mrq() {{
-    local more=()
+    local more=
     case "$*" in
-        *-optimize*) more=(-n {STEPS} --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots -params batch_size:8) ;;
-        train*td3*) more=(-n {STEPS} --eval-freq {STEPS // 2} --eval-episodes 1 -params $small) ;;
-        train*" -i "*) more=(-n {STEPS} --eval-freq -1) ;;
-        train*) more=(-n {STEPS} --save-freq {STEPS // 2} --eval-freq {STEPS // 2} --eval-episodes 1 -params $small $networks) ;;
-        enjoy*|record_video*) more=(-n 20) ;;
-        diagnose*) more=(-n 2) ;;
+        *-optimize*) more="-n {STEPS} --n-trials 1 --n-evaluations 1 --eval-episodes 1 --no-optim-plots" ;;
+        train*td3*) more="-n {STEPS} $evaluations $params" ;;
+        train*" -i "*) more="-n {STEPS} --eval-freq -1" ;;
+        train*) more="-n {STEPS} --save-freq {STEPS // 2} $evaluations $params $mrq" ;;
+        enjoy*|record_video*) more="-n 20" ;;
+        diagnose*) more="-n 2" ;;
     esac
-    command sb3-mrq "$@" "${{more[@]}}"
+    command sb3-mrq "$@" $more
 }}
 python() {{
-    local more=()
+    local more=
     case "$*" in
-        *compare.py*) more=(--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1) ;;
-        *study*) more=(--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
-                       --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1) ;;
+        *compare.py*) more="--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1" ;;
+        *study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
+                       --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
     esac
-    command python "$@" "${{more[@]}}"
+    command python "$@" $more
 }}
 make() {{
-    # Everything is set up already
+    # Everything is set up already; and a task with short episodes
+    local env=
     case "$*" in
-        train*) (out=$PWD/make; cd {ROOT} && command make -o setup "$@" STEPS={STEPS} OUT="$out") ;;
+        train*ENV=*) env=ENV=InvertedPendulum-v5 ;;
+        train*) ;;
         *) echo "no stand-in for make $*"; return 1 ;;
     esac
+    command make -C {ROOT} -o setup "$@" $env STEPS={STEPS} OUT="$PWD/make$env"
 }}
 """
 
@@ -60,7 +64,8 @@ make() {{
 def blocks():
     """The blocks of commands: the indented ones."""
     text = re.sub(r"^```.*?^```", "", README.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in re.findall(r"(?:^    \S.*\n|^     .*\n)+", text, re.M)]
+    found = re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in found]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,7 @@ def test_what_the_commands_leave(folder):
     """The files that the README speaks of."""
     if not (folder / "logs").exists():
         pytest.skip("the commands were not run")
-    assert (folder / "make" / "video").exists() or list((folder / "make").glob("**/*.mp4"))
+    assert len(list(folder.glob("make*/**/*.mp4"))) == 2
     assert list(folder.glob("logs/mrq/Pendulum-v1_1/videos/*.mp4"))
     assert (folder / "logs/mrq/Pendulum-v1_1/diagnosis/index.html").exists()
     assert (folder / "continued/mrq/Pendulum-v1_1/Pendulum-v1.zip").exists()

@@ -4,6 +4,7 @@ The training script leaves everything that it promises.
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,27 @@ def test_video(pendulum):
     frame = np.frombuffer(next(frames), dtype=np.uint8).reshape(height, width, 3)
     frames.close()
     assert frame.std() > 5  # not blank
+
+
+def test_diagnosis(pendulum):
+    numbers = json.loads((pendulum[0] / "diagnosis" / "diagnosis.json").read_text())["numbers"]
+    assert numbers["episodes/n"] == 20
+    assert "<img" in (pendulum[0] / "diagnosis" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "policy", "steps"),
+    [("dmc/walker-walk-v0", "MlpPolicy", 500_000), ("ALE/Pong-v5", "CnnPolicy", 2_500_000)],
+)
+def test_other_suites(env_id, policy, steps):
+    pytest.importorskip("ale_py" if env_id.startswith("ALE/") else "dm_control")
+    script = runpy.run_path(str(SCRIPT))
+    env = script["make_env"](env_id, render_mode="rgb_array")
+    assert env.reset(seed=0)[0].shape == env.observation_space.shape
+    assert env.render().ndim == 3
+    assert script["choose_policy"](env.observation_space) == policy
+    assert script["choose_steps"](env_id) == steps
+    env.close()
 
 
 def test_finishes_without_a_renderer(tmp_path):

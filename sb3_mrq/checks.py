@@ -1,0 +1,121 @@
+"""
+What environments must give for MR.Q to learn from it: numbers, in the shape of the space, in a range that leaves room to
+compute.
+"""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_obs_shape
+
+# Largest absolute values that float32 leaves room to compute with: layer normalisation squares sums over an observation, and
+# a return is a sum of rewards
+LARGEST_OBSERVATION = 1e18
+LARGEST_REWARD = 1e30
+
+
+class BadValueError(ValueError):
+    """
+    An environment gave something that cannot be learned from.
+    """
+
+
+class NonFiniteError(BadValueError):
+    """
+    An observation or reward is infinite or not a number, or so large that what is computed from it would be.
+    """
+
+
+def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
+    """
+    :param space: an observation space
+    :return: its parts if it is a Dict, else itself under None
+    """
+    return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+
+
+def _where(key: Any) -> str:
+    return "" if key is None else f" under {key!r}"
+
+
+def check_type(value: np.ndarray, name: str, key: Any = None) -> None:
+    """
+    :param value: of all environments, (n_envs, ...)
+    :param name: what it is
+    :param key: of an observation that is a dict
+    :raises BadValueError: if these are not numbers
+    """
+    if value.dtype.kind not in "biuf":
+        raise BadValueError(f"The environments gave {name}s of the type {value.dtype}{_where(key)}, which are not numbers,")
+
+
+def check_range(value: np.ndarray, name: str, largest: float, key: Any = None) -> None:
+    """
+    :param value: of all environments, (n_envs, ...)
+    :param name: what it is
+    :param largest: largest absolute value that is allowed
+    :param key: of an observation that is a dict
+    :raises NonFiniteError: if a number is infinite, not a number, or larger
+    """
+    if value.dtype.kind == "b" or not value.size:
+        return
+    is_float = value.dtype.kind == "f"
+    # As a number of the same type: 1e30 is not quite the float32 of that name
+    bound = min(largest, float((np.finfo if is_float else np.iinfo)(value.dtype).max))
+    if not is_float and bound < largest:
+        return
+    # Neither is true of what is not a number
+    if value.max() <= bound and value.min() >= -bound:
+        return
+    index = tuple(np.argwhere(~((value >= -bound) & (value <= bound)))[0])
+    beyond = f" (the largest allowed is {largest:g})" if np.isfinite(value[index]) else ""
+    raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}{beyond}")
+
+
+class ObservationChecks:
+    """
+    The checks of the observations of a space.
+
+    :param space: the observation space
+    :param n_envs: number of environments
+    """
+
+    def __init__(self, space: spaces.Space, n_envs: int):
+        self._parts = []
+        for key, part in subspaces_of(space).items():
+            shape = (n_envs, *part.shape)  # type: ignore[misc]
+            # Discrete ones may stand in a column
+            self._parts.append((key, part, shape, (n_envs, *get_obs_shape(part))))
+
+    def check_form(self, obs: np.ndarray | dict[str, np.ndarray], name: str = "observation") -> None:
+        """
+        :param obs: of all environments, (n_envs, ...) or a dict of these
+        :param name: what the observations are
+        :raises BadValueError: if the shape is not that of the space, or if they are not numbers
+        """
+        for key, _, shape, column in self._parts:
+            value = obs[key] if isinstance(obs, dict) else obs
+            if value.shape not in (shape, column):
+                raise BadValueError(f"The environments gave {name}s of the shape {value.shape}{_where(key)}, not {shape},")
+            check_type(value, name, key)
+
+    def check(self, obs: np.ndarray | dict[str, np.ndarray], name: str = "observation") -> None:
+        """
+        :param obs: of all environments, (n_envs, ...) or a dict of these
+        :param name: what the observations are
+        :raises NonFiniteError: if a number is infinite, not a number, or too large
+        :raises BadValueError: if the shape is not that of the space, or an integer stands for no value of the space
+        """
+        self.check_form(obs, name)
+        for key, part, *_ in self._parts:
+            value = obs[key] if isinstance(obs, dict) else obs
+            check_range(value, name, LARGEST_OBSERVATION, key)
+            if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
+                # Out of range they would be the index of another value, or of none
+                size = part.n if isinstance(part, spaces.Discrete) else part.nvec
+                fine = (value >= part.start) & (value < part.start + size)
+                if not fine.all():
+                    index = tuple(np.argwhere(~fine)[0])
+                    given = f"{value[index]}{_where(key)}"
+                    raise BadValueError(f"Environment {index[0]} gave the {name} {given}, which is not in {part},")

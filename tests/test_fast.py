@@ -153,6 +153,20 @@ def test_images_compiled():
 
 
 @needs_compiler
+def test_values_are_not_rounded():
+    """In steps of a bfloat16, values would hide what the actions of a state differ by: learning starts late."""
+    policy, learner = make("box", bfloat16=True)
+    with th.no_grad():
+        policy.critic.layers[-1].bias.fill_(100.0)  # bfloat16 has steps of a half there
+    z_sa = th.randn(BATCH, SIZES["z_sa_dim"])
+    _, q = learner.value_loss(z_sa, th.zeros(BATCH, 1))
+    assert q.dtype == th.float32
+    assert (q - 100).abs().max() < 50
+    expected = policy.critic(z_sa)
+    assert not th.allclose(expected, expected.bfloat16().float(), atol=0.1)
+    th.testing.assert_close(q, expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 def test_weights_set_from_outside(bfloat16):
     """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""

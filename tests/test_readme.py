@@ -43,7 +43,7 @@ python() {{
     local more=
     case "$*" in
         *compare.py*) more="--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1" ;;
-        *study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
+        *benchmarks.study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
                        --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
     esac
     command python "$@" $more
@@ -71,7 +71,7 @@ def blocks():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("examples", "benchmarks", "pyproject.toml", "sb3_mrq", ".ci"):
+    for name in ("examples", "benchmarks", "hyperparams", "sb3_mrq"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 

@@ -43,8 +43,8 @@ python() {{
     local more=
     case "$*" in
         *compare.py*) more="--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1" ;;
-        *benchmarks.study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1
-                       --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
+        *benchmarks.study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS}
+                       --eval-episodes 1 --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
     esac
     command python "$@" $more
 }}

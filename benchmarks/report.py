@@ -422,7 +422,8 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
         sections.append(picture(save(figure, out, task.replace("/", "_")), f"learning curves on {task}"))
     sections.append("</div>")
 
-    n_columns = min(3, len(tasks))
+    # Rows that are full, or nearly
+    n_columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     n_rows = -(-len(tasks) // n_columns)
     figure, grid = plt.subplots(
         n_rows, n_columns, figsize=(4.2 * n_columns, 3.1 * n_rows), squeeze=False, layout="constrained"

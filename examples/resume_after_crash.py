@@ -49,11 +49,12 @@ callbacks: list[BaseCallback] = [ResumableCheckpointCallback(save_freq=max(STEPS
 if args.crash_at is not None:
     callbacks.append(Crash(args.crash_at))
 
-if FOLDER.exists():
+try:
     model = MRQ.resume(FOLDER, env)
-    print(f"resumed after {model.num_timesteps} steps, {model.remaining_timesteps} to go")
-    model.learn(model.remaining_timesteps, callback=callbacks, reset_num_timesteps=False)
-else:
+except FileNotFoundError:  # the first start, or it was killed before the first checkpoint
     model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2))
     model.learn(STEPS, callback=callbacks)
+else:
+    print(f"resumed after {model.num_timesteps} steps, {model.remaining_timesteps} to go")
+    model.learn(model.remaining_timesteps, callback=callbacks, reset_num_timesteps=False)
 print(f"finished after {model.num_timesteps} steps, {model.replay_buffer.size()} transitions in the replay buffer")

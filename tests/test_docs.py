@@ -133,16 +133,20 @@ def code_of(page: Path) -> list[str]:
     return [block for block in blocks if not block.startswith("# not run")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
-def test_code_runs(page, tmp_path):
-    """The blocks of a page, one after the other in one process, as a reader would type them."""
-    script = tmp_path / "page.py"
+def run_code(page: Path, folder: Path) -> None:
+    """Run the blocks of a page in a folder, one after the other in one process, as a reader would type them."""
+    script = folder / "page.py"
     script.write_text(SHORTEN + "\n".join(code_of(page)), "utf-8")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path):
+    run_code(page, tmp_path)
 
 
 def rows(page: str, heading: str) -> list[list[str]]:

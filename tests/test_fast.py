@@ -152,7 +152,6 @@ def test_images_compiled():
     assert distance(agents[1][0], agents[0][0], start) < 1e-4
 
 
-@needs_compiler
 def test_values_are_not_rounded():
     """In steps of a bfloat16, values would hide what the actions of a state differ by: learning starts late."""
     policy, learner = make("box", bfloat16=True)
@@ -167,6 +166,7 @@ def test_values_are_not_rounded():
     th.testing.assert_close(q, expected, rtol=0, atol=0.05)
 
 
+@needs_compiler
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 def test_weights_set_from_outside(bfloat16):
     """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from test_docs import SHORTEN, code_of
+from test_docs import code_of, run_code
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -117,7 +117,4 @@ def test_what_the_commands_leave(folder):
 def test_snippets(tmp_path):
     """The blocks of Python, one after the other in one process."""
     assert len(code_of(README)) >= 4
-    script = tmp_path / "readme.py"
-    script.write_text(SHORTEN + "\n".join(code_of(README)), "utf-8")
-    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stderr
+    run_code(README, tmp_path)

@@ -140,7 +140,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.horizon = horizon
         self.n_steps = n_steps
-        self._checks = ObservationChecks(observation_space, n_envs)
+        self.checks = ObservationChecks(observation_space, n_envs)
         # Transitions from a start on that must be there for it to be sampled
         self.reach = max(horizon, n_steps)
         self.reset()
@@ -303,16 +303,16 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         check_range(reward, "reward", LARGEST_REWARD)
         reward = reward.astype(np.float32, copy=False)
         ended = bool(np.count_nonzero(done))
-        self._checks.check(next_obs, "final observation" if ended else "observation")
+        self.checks.check(next_obs, "final observation" if ended else "observation")
         next_obs_ = self._cast(next_obs)
-        self._checks.check_form(obs)
+        self.checks.check_form(obs)
         with np.errstate(invalid="ignore", over="ignore"):  # what casting spoils is refused below
             obs_ = self._cast(obs)
         continues = self._continues(obs_)
         all_continue = np.count_nonzero(continues) == self.n_envs
         if not all_continue:
             # The others have been checked as next observations of the step before
-            self._checks.check(obs)
+            self.checks.check(obs)
             self._close(self._running & ~continues)
 
         beginning = ~self._running

@@ -26,7 +26,7 @@ from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.checkpoints import resume, set_generators
-from sb3_mrq.checks import BadValueError, ObservationChecks
+from sb3_mrq.checks import BadValueError
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
@@ -483,8 +483,9 @@ class MRQ(OffPolicyAlgorithm):
         :param obs: observations of all environments, before normalisation
         :raises BadValueError: if one cannot be learned from
         """
+        assert self.replay_buffer is not None
         try:
-            ObservationChecks(self.observation_space, self.n_envs).check(obs)
+            self.replay_buffer.checks.check(obs)
         except BadValueError as error:
             raise self._at_this_step(error) from None
 

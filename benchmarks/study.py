@@ -7,7 +7,7 @@ Train every task, algorithm and seed of a study, several at once, and gather the
 Each run is rl-zoo3's training script, with its hyperparameters, in a process of its own; it evaluates every so many steps,
 before the first one too. When the same command is given again, runs that are finished are skipped, and those that were broken
 off go on from their last checkpoint (those of other algorithms than MRQ begin anew). Runs that fail are named at the end.
-``<out>/results.csv`` holds a row for every evaluation.
+``<out>/results.csv`` holds a row for every evaluation of every finished run in the folder, those of other commands too.
 
 ``--backend ray`` distributes the runs over a Ray cluster whose machines share the folder ``--out``.
 """
@@ -241,23 +241,34 @@ def run_on_ray(runs: list[Run], address: str | None) -> Iterator[tuple[Run, str 
         ray.shutdown()
 
 
-def gather(runs: Iterable[Run], path: Path) -> int:
+def runs_in(out: Path) -> list[Run]:
     """
-    Write the results of finished runs to one table.
+    :param out: folder of a study
+    :return: the runs in it that were finished, whichever command began them
+    """
+    runs = []
+    for record in out.glob("runs/*/*/*/run.json"):
+        settings = json.loads(record.read_text()).get("settings")
+        if settings is not None:
+            runs.append(Run(**settings | {"out": str(out.resolve()), "hyperparams": tuple(settings["hyperparams"])}))
+    return sorted(runs, key=lambda run: (run.task, run.algorithm, run.seed))
 
-    :param runs: of which studies
-    :param path: CSV file
-    :return: number of runs in it
+
+def gather(runs: Iterable[Run], out: Path) -> int:
     """
-    n_finished = 0
-    temporary = path.with_suffix(".tmp")
+    Write the results of all finished runs in a folder to its table, ``results.csv``.
+
+    :param runs: of the study as given now; those that are still to be made with other settings than before are left out
+    :param out: folder of the study
+    :return: number of runs in the table
+    """
+    now = {run.folder: run for run in runs}
+    finished = [run for run in runs_in(out) if now.get(run.folder, run).finished()]
+    temporary = out / "results.tmp"
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        for run in runs:
-            if not run.finished():
-                continue
-            n_finished += 1
+        for run in finished:
             record = json.loads((run.folder / "run.json").read_text())
             with (run.folder / "evaluations.csv").open(newline="") as evaluations:
                 for row in csv.DictReader(evaluations):
@@ -266,8 +277,8 @@ def gather(runs: Iterable[Run], path: Path) -> int:
                     if int(row["timesteps"]) <= run.steps:
                         where = (record["versions"], record["machine"])
                         writer.writerow([run.task, run.algorithm, run.seed, row["timesteps"], *measured, *where])
-    temporary.replace(path)
-    return n_finished
+    temporary.replace(out / "results.csv")
+    return len(finished)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
@@ -326,7 +337,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
 def main(arguments: list[str] | None = None) -> None:
     args, runs = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = args.out / "results.csv"
     to_do = [run for run in runs if not run.finished()]
     print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before.")
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // args.threads)
@@ -338,9 +348,11 @@ def main(arguments: list[str] | None = None) -> None:
             if failure is not None:
                 failures[run.name] = failure
                 progress.write(f"{run.name} failed")
-            gather(runs, results)
-    n_finished = gather(runs, results)
-    print(f"{n_finished} of {len(runs)} runs are in {results}.")
+            gather(runs, args.out)
+    n_in_table = gather(runs, args.out)
+    n_finished = sum(run.finished() for run in runs)
+    before = f", and {n_in_table - n_finished} of other commands" if n_in_table > n_finished else ""
+    print(f"{n_finished} of {len(runs)} runs are in {args.out / 'results.csv'}{before}.")
     for name, failure in failures.items():
         print(f"FAILED {name}: {failure}")
     if failures:

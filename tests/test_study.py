@@ -98,6 +98,25 @@ class TestStudy:
         (runs[0].folder / "run.json").write_text(json.dumps({"settings": runs[0].settings}))
         assert runs[0].finished() and not runs[1].finished()
 
+    def test_one_table_for_all_commands(self, tmp_path):
+        """A study given other tasks keeps the rows of before; runs to be made anew with other settings have none."""
+        for task in ("Pendulum-v1", "Acrobot-v1"):
+            run = study.parse(["--tasks", task, *TINY, "--out", str(tmp_path)])[1][0]
+            run.folder.mkdir(parents=True)
+            (run.folder / "run.json").write_text(json.dumps({"settings": run.settings, "versions": "v", "machine": "m"}))
+            (run.folder / "evaluations.csv").write_text(f"{','.join(study.COLUMNS)}\n{task},20,0,-7,0,200,1\n")
+
+        def tasks(*arguments):
+            runs = study.parse([*arguments, "--out", str(tmp_path)])[1]
+            n_runs = study.gather(runs, tmp_path)
+            rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+            assert len(rows) == n_runs and all(row["return"] == "-7" and row["step"] == "20" for row in rows)
+            return [row["task"] for row in rows]
+
+        assert tasks("--tasks", "CartPole-v1", *TINY) == ["Acrobot-v1", "Pendulum-v1"]
+        assert tasks("--tasks", "Pendulum-v1", *TINY) == ["Acrobot-v1", "Pendulum-v1"]
+        assert tasks("--tasks", "Pendulum-v1", *TINY, "--hyperparams", "n_steps:1") == ["Acrobot-v1"]
+
     def test_on_ray(self, tmp_path, capsys):
         pytest.importorskip("ray")
         arguments = ["--tasks", "Pendulum-v1", "--algos", "sac,dqn", *TINY, "--out", str(tmp_path)]

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, sync_envs_normalization
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_mrq import MRQ
 
 COLUMNS = ("env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds")
 
@@ -122,7 +125,13 @@ class EvaluationCallback(BaseCallback):
         vec_normalize = self.model.get_vec_normalize_env()
         if vec_normalize is not None:
             sync_envs_normalization(vec_normalize, self.env)
-        returns, lengths = evaluate_policy(self.model, self.env, self.n_episodes, return_episode_rewards=True)
+        # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
+        deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with th.random.fork_rng(devices):
+            returns, lengths = evaluate_policy(
+                self.model, self.env, self.n_episodes, deterministic=deterministic, return_episode_rewards=True
+            )
         row = (
             self.task,
             self.num_timesteps,

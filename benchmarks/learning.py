@@ -5,7 +5,8 @@ Train MR.Q with its default hyperparameters on one task and write the evaluation
     python -m benchmarks.learning CartPole-v1 --seed 0 --steps 20000 --eval-freq 1000 --until 475
 
 A name such as ``cartpole-swingup`` is short for ``dmc/cartpole-swingup-v0``, a task of the DeepMind Control suite as
-preprocessed by ``sb3_mrq.envs``; any other is an environment of gymnasium. For many runs at once see ``benchmarks.study``.
+preprocessed by ``sb3_mrq.envs``; any other is an environment of gymnasium. Observations are vectors; for others, and for many
+runs at once, see ``benchmarks.study``.
 """
 
 import argparse

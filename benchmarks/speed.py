@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def time_updates(device: str, seconds: float) -> dict[str, Any]:
         floor = 1e12 * sum(gflop.values()) / rate
         row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
         for mode in modes:
-            model.learner.bfloat16, model.learner.tf32 = precision == "bfloat16", precision == "tf32"
+            model.learner.hyperparameters = replace(model.learner.hyperparameters, precision=precision)
             model.learner.compile("compiled" in mode)
             model._device_training = None
             model._may_capture = "captured" in mode

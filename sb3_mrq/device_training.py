@@ -75,8 +75,8 @@ class DeviceTraining:
         self.prepare()
 
     def _places(self, *names: str) -> list[Any]:
-        """Where the weights of networks and targets and the state of optimisers are, and the settings of these."""
-        places: list[Any] = []
+        """Hyperparameters, places of weights and targets of networks and of the state of optimisers, and settings of these."""
+        places: list[Any] = [self.model.learner.hyperparameters]
         for name in names:
             places += self._weight_places(name)
             optimizer = getattr(self.model, name).optimizer

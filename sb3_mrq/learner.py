@@ -10,6 +10,7 @@ them: autocast keeps the bfloat16 copy of a weight for as long as its region las
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
@@ -174,6 +175,39 @@ def _leaves(outputs: Any) -> list[th.Tensor]:
     return [outputs] if isinstance(outputs, th.Tensor) else [leaf for output in outputs for leaf in _leaves(output)]
 
 
+@dataclass(frozen=True)
+class UpdateHyperparameters:
+    """
+    Hyperparameters of the updates, under the names that they have in ``MRQ``.
+
+    :param gamma: discount factor
+    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together
+    :param target_policy_noise: standard deviation of the target policy's smoothing noise
+    :param target_noise_clip: bound on it
+    :param priority_alpha: exponent of the priorities
+    :param min_td_error: errors below this have one priority
+    :param dynamics_loss_weight: weight of the embedding term in the encoder loss
+    :param reward_loss_weight: weight of the reward term
+    :param termination_loss_weight: weight of the termination term
+    :param pre_activation_weight: weight of the penalty on the policy's pre-activations
+    :param precision: "bfloat16" where networks are to compute matrix products, and keep activations, in bfloat16 (values,
+        weights, losses, targets and optimisers are in float32 in any case); "tf32" where float32 matrix products may be
+        computed in TF32 if the device can (``torch.set_float32_matmul_precision("high")`` during updates)
+    """
+
+    gamma: float
+    max_grad_norm: float
+    target_policy_noise: float
+    target_noise_clip: float
+    priority_alpha: float
+    min_td_error: float
+    dynamics_loss_weight: float
+    reward_loss_weight: float
+    termination_loss_weight: float
+    pre_activation_weight: float
+    precision: str
+
+
 class Learner:
     """
     Holds the networks, their targets and optimisers (``.optimizer`` of each online network), and updates them.
@@ -185,20 +219,7 @@ class Learner:
     :param actor: pi
     :param actor_target: target copy
     :param actions: conversions of the action space
-    :param gamma: discount factor
-    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together
-    :param target_policy_noise: standard deviation of the target policy's smoothing noise
-    :param target_noise_clip: bound on it
-    :param dynamics_weight: weight of the embedding term in the encoder loss
-    :param reward_weight: weight of the reward term
-    :param termination_weight: weight of the termination term
-    :param pre_activation_weight: weight of the penalty on the policy's pre-activations
-    :param priority_alpha: exponent of the priorities
-    :param min_td_error: errors below this have one priority
-    :param bfloat16: whether networks compute matrix products, and keep activations, in bfloat16. Weights, losses, targets and
-        optimisers are in float32 in any case.
-    :param tf32: whether float32 matrix products may be computed in TF32 where the device can
-        (``torch.set_float32_matmul_precision("high")`` while it updates)
+    :param hyperparameters: of the updates
     :param compiled: whether to compile the losses
     """
 
@@ -211,37 +232,14 @@ class Learner:
         actor: Actor,
         actor_target: Actor,
         actions: BoxActions | CategoricalActions,
-        *,
-        gamma: float,
-        max_grad_norm: float,
-        target_policy_noise: float,
-        target_noise_clip: float,
-        dynamics_weight: float,
-        reward_weight: float,
-        termination_weight: float,
-        pre_activation_weight: float,
-        priority_alpha: float,
-        min_td_error: float,
-        bfloat16: bool = False,
-        tf32: bool = False,
+        hyperparameters: UpdateHyperparameters,
         compiled: bool = False,
     ):
         self.encoder, self.encoder_target = encoder, encoder_target
         self.critic, self.critic_target = critic, critic_target
         self.actor, self.actor_target = actor, actor_target
         self.actions = actions
-        self.gamma = gamma
-        self.max_grad_norm = max_grad_norm
-        self.target_policy_noise = target_policy_noise
-        self.target_noise_clip = target_noise_clip
-        self.dynamics_weight = dynamics_weight
-        self.reward_weight = reward_weight
-        self.termination_weight = termination_weight
-        self.pre_activation_weight = pre_activation_weight
-        self.priority_alpha = priority_alpha
-        self.min_td_error = min_td_error
-        self.bfloat16 = bfloat16
-        self.tf32 = tf32
+        self.hyperparameters = hyperparameters
         self.compile(compiled)
 
     def compile(self, compiled: bool) -> None:
@@ -270,13 +268,13 @@ class Learner:
 
     def _autocast(self) -> th.autocast:
         device = self.encoder.predictor.bins.device
-        return th.autocast(device.type, th.bfloat16, enabled=self.bfloat16)
+        return th.autocast(device.type, th.bfloat16, enabled=self.hyperparameters.precision == "bfloat16")
 
     @contextmanager
     def _matmul_precision(self) -> Iterator[None]:
         """Backward passes included, hence not a part of the losses."""
         before = th.get_float32_matmul_precision()
-        if self.tf32:
+        if self.hyperparameters.precision == "tf32":
             th.set_float32_matmul_precision("high")
         try:
             yield
@@ -330,9 +328,9 @@ class Learner:
             terminated,
             mask,
             self.encoder.predictor.bins,
-            dynamics_weight=self.dynamics_weight,
-            reward_weight=self.reward_weight,
-            termination_weight=self.termination_weight * termination_switch,
+            dynamics_weight=self.hyperparameters.dynamics_loss_weight,
+            reward_weight=self.hyperparameters.reward_loss_weight,
+            termination_weight=self.hyperparameters.termination_loss_weight * termination_switch,
         )
 
     def update_encoder(
@@ -385,12 +383,15 @@ class Learner:
             next_z_s = self.encoder_target.state(next_obs)
             next_action = self.actions.activation(self.actor_target(next_z_s).to(rewards.dtype), noise.target_gumbel)
             next_action = self.actions.smooth(
-                next_action, noise.target_normal, self.target_policy_noise, self.target_noise_clip
+                next_action,
+                noise.target_normal,
+                self.hyperparameters.target_policy_noise,
+                self.hyperparameters.target_noise_clip,
             )
             next_q = self.critic_target(self.encoder_target.state_action(next_z_s, next_action))
             z_s = self.encoder.state(obs)
             z_sa = self.encoder.state_action(z_s, actions)
-        returns, discount = losses.n_step_return(rewards, terminated, mask, self.gamma)
+        returns, discount = losses.n_step_return(rewards, terminated, mask, self.hyperparameters.gamma)
         target = losses.value_target(returns, discount, next_q, reward_scale, target_reward_scale)
         return target, z_s, z_sa
 
@@ -415,7 +416,7 @@ class Learner:
             pre_activation = self.actor(z_s).to(dtype)
             action = self.actions.activation(pre_activation, gumbel)
             q = with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
-        return losses.policy_loss(q, pre_activation, self.pre_activation_weight)
+        return losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
 
     def update_value_and_policy(
         self,
@@ -453,7 +454,7 @@ class Learner:
             critic_loss, q = self._value_loss(z_sa, target)
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
-            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
+            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.hyperparameters.max_grad_norm)
             self.critic.optimizer.step()
 
             # Policy step, through g and Q but for the weights of pi alone
@@ -462,7 +463,7 @@ class Learner:
             actor_loss.backward()
             self.actor.optimizer.step()
 
-        priorities = losses.td_priority(q, target, self.priority_alpha, self.min_td_error)
+        priorities = losses.td_priority(q, target, self.hyperparameters.priority_alpha, self.hyperparameters.min_td_error)
         metrics = ValuePolicyMetrics(
             critic_loss=critic_loss.detach(),
             actor_loss=actor_loss.detach(),

@@ -7,6 +7,7 @@ import io
 import pathlib
 import threading
 import warnings
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -31,7 +33,16 @@ from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.graphs import CaptureError, Graph
-from sb3_mrq.learner import EncoderMetrics, Learner, MetricMeans, Observation, Scalars, ValuePolicyMetrics, grad_norm
+from sb3_mrq.learner import (
+    EncoderMetrics,
+    Learner,
+    MetricMeans,
+    Observation,
+    Scalars,
+    UpdateHyperparameters,
+    ValuePolicyMetrics,
+    grad_norm,
+)
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
@@ -235,6 +246,8 @@ class MRQ(OffPolicyAlgorithm):
         self.resumed_compiled: bool | None = None
         # Where a callback watches for signals
         self.stop_signals: StopSignals | None = None
+        # Steps that the environments had made when learning ended, None where that is not known
+        self._env_steps: list[int] | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -257,11 +270,17 @@ class MRQ(OffPolicyAlgorithm):
         """
         :raises ValueError: for values that cannot work, before any work is lost
         """
-        for name in ("n_steps", "encoder_horizon", "batch_size", "target_update_interval"):
+        for name, least in (
+            ("n_steps", 1),
+            ("encoder_horizon", 1),
+            ("batch_size", 1),
+            ("target_update_interval", 1),
+            ("random_shift_pad", 0),
+        ):
             value = getattr(self, name)
-            if value < 1 or value != int(value):
-                raise ValueError(f"{name} is {value}, but must be a whole number of at least 1.")
-        for name in ("exploration_noise", "target_policy_noise", "target_noise_clip", "priority_alpha", "random_shift_pad"):
+            if value < least or value != int(value):
+                raise ValueError(f"{name} is {value}, but must be a whole number of at least {least}.")
+        for name in ("exploration_noise", "target_policy_noise", "target_noise_clip", "priority_alpha"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}, but must not be negative.")
@@ -324,18 +343,7 @@ class MRQ(OffPolicyAlgorithm):
             self.actor,
             self.actor_target,
             self.policy.actions,
-            gamma=self.gamma,
-            max_grad_norm=self.max_grad_norm,
-            target_policy_noise=self.target_policy_noise,
-            target_noise_clip=self.target_noise_clip,
-            dynamics_weight=self.dynamics_loss_weight,
-            reward_weight=self.reward_loss_weight,
-            termination_weight=self.termination_loss_weight,
-            pre_activation_weight=self.pre_activation_weight,
-            priority_alpha=self.priority_alpha,
-            min_td_error=self.min_td_error,
-            bfloat16=self.precision == "bfloat16",
-            tf32=self.precision == "tf32",
+            self._update_hyperparameters(),
             compiled=self.compile_updates is True,
         )
         # Metrics of the last updates, on the device until they are logged
@@ -344,6 +352,13 @@ class MRQ(OffPolicyAlgorithm):
         self._scalars = Scalars(self.device)
         self._device_training: DeviceTraining | None = None
         self._may_capture = self.compile_updates is True and Graph.can_capture(self.device)
+
+    def _update_hyperparameters(self) -> UpdateHyperparameters:
+        """
+        :return: the hyperparameters of the updates, as they are now
+        """
+        names = [field.name for field in fields(UpdateHyperparameters)]
+        return UpdateHyperparameters(**{name: getattr(self, name) for name in names})
 
     def _create_aliases(self) -> None:
         self.encoder = self.policy.encoder
@@ -366,6 +381,7 @@ class MRQ(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.replay_buffer is not None
+        self._check_hyperparameters()
         self._check_replay_buffer(self.replay_buffer)
         self.replay_buffer.check_size()
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
@@ -378,6 +394,10 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
+        steps = self._count_env_steps()
+        if self._env_steps is not None and steps is not None and steps != self._env_steps:
+            # Evaluated in since then, or another one: what comes next does not follow from the last observation
+            self._last_obs = None
         try:
             total_timesteps, callback = super()._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -409,6 +429,17 @@ class MRQ(OffPolicyAlgorithm):
             set_generators(self, self.resumed_generators)
         self.resumed_generators = self.resumed_compiled = None
         return total_timesteps, callback
+
+    def _count_env_steps(self) -> list[int] | None:
+        """
+        :return: steps of each environment since it was made, whoever took them; None if no ``Monitor`` counts them
+        """
+        if self.env is None or self._last_obs is None:
+            return None
+        try:
+            return self.env.get_attr("total_steps") if all(self.env.env_is_wrapped(Monitor)) else None
+        except Exception:  # of a process that has ended, for one, which is told where it is used next
+            return None
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
         """
@@ -614,6 +645,7 @@ class MRQ(OffPolicyAlgorithm):
         if self.replay_buffer.n_sampleable == 0:
             gradient_steps = 0
         if gradient_steps > 0:
+            self.learner.hyperparameters = self._update_hyperparameters()
             self._set_scalars()
             self._prepare_capturing(batch_size)
         for _ in range(gradient_steps):
@@ -822,7 +854,7 @@ class MRQ(OffPolicyAlgorithm):
     ) -> SelfMRQ:
         self.stop_signals = None
         with contextlib.ExitStack() as self.while_learning:
-            return super().learn(
+            super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
                 log_interval=log_interval,
@@ -830,6 +862,8 @@ class MRQ(OffPolicyAlgorithm):
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
+        self._env_steps = self._count_env_steps()
+        return self
 
     @classmethod
     def resume(
@@ -875,7 +909,7 @@ class MRQ(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
         on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
-        of_this_process = ["resumed_generators", "resumed_compiled", "stop_signals", "while_learning"]
+        of_this_process = ["resumed_generators", "resumed_compiled", "stop_signals", "while_learning", "_env_steps"]
         return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
 
     def get_parameters(self) -> dict[str, dict]:

@@ -46,7 +46,8 @@ class _ELUFunction(th.autograd.Function):
 class ELU(nn.Module):
     """
     The function of ``torch.nn.ELU``, in place, by way of exp(x) - 1 instead of torch's expm1: on a CPU, where most of its
-    time goes into memory, it takes a third of the time. The two differ by less than 1e-7.
+    time goes into memory, it takes a third of the time. The two differ by less than 1e-7 in float32, and in bfloat16, where
+    exp(x) is rounded before 1 is taken off, by less than 0.004.
     """
 
     # Elements from which it pays: a step with one observation is bound by the number of calls

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_mrq.learner import Learner
+from sb3_mrq.learner import Learner, UpdateHyperparameters
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import MlpPolicy
 
@@ -17,12 +17,13 @@ PAPER = dict(
     max_grad_norm=20.0,
     target_policy_noise=0.2,
     target_noise_clip=0.3,
-    dynamics_weight=1.0,
-    reward_weight=0.1,
-    termination_weight=0.1,
+    dynamics_loss_weight=1.0,
+    reward_loss_weight=0.1,
+    termination_loss_weight=0.1,
     pre_activation_weight=1e-5,
     priority_alpha=0.4,
     min_td_error=1.0,
+    precision="float32",
 )
 NETWORKS = ("encoder", "critic", "actor")
 TARGETS = ("encoder_target", "critic_target", "actor_target")
@@ -33,10 +34,10 @@ def make_policy(observation_space, action_space, policy_class=MlpPolicy, lr=3e-4
     return policy_class(observation_space, action_space, lambda _: lr, encoder_lr_schedule=lambda _: encoder_lr, **kwargs)
 
 
-def make_learner(policy, **kwargs):
+def make_learner(policy, compiled=False, **hyperparameters):
     """A learner on the networks of a policy, with the paper's constants where none are given."""
     networks = [getattr(policy, name) for pair in zip(NETWORKS, TARGETS, strict=True) for name in pair]
-    return Learner(*networks, policy.actions, **(PAPER | kwargs))
+    return Learner(*networks, policy.actions, UpdateHyperparameters(**(PAPER | hyperparameters)), compiled)
 
 
 def update_encoder(learner, obs, *batch, **kwargs):

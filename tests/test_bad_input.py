@@ -121,6 +121,7 @@ def test_buffer_too_small(n_envs):
         ("target_noise_clip", -0.1),
         ("priority_alpha", -0.1),
         ("random_shift_pad", -1),
+        ("random_shift_pad", 1.5),
         ("max_grad_norm", 0.0),
         ("min_td_error", 0.0),
         ("gamma", 1.01),

@@ -42,6 +42,7 @@ from stable_baselines3.common.noise import (
 )
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
+    SubprocVecEnv,
     VecCheckNan,
     VecFrameStack,
     VecMonitor,
@@ -220,6 +221,18 @@ def test_learning_goes_on_in_the_same_episode():
     model.learn(15, reset_num_timesteps=False)
     numbers = check_counter_transitions(model.replay_buffer, 40, "truncated")
     np.testing.assert_array_equal(numbers - numbers[0], np.arange(30 - 4))
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_evaluation_in_the_environment_of_training(vec_env_cls):
+    """Learning goes on in a new episode, no transition or sub-trajectory reaches from the one before into it."""
+    model = tiny_model(make_vec_env(lambda: CounterEnv(length=40), 2, vec_env_cls=vec_env_cls))
+    for _ in range(3):
+        model.learn(24, reset_num_timesteps=False)
+        evaluate_policy(model, model.get_env(), n_eval_episodes=2)
+        numbers = check_counter_transitions(model.replay_buffer, 40, "truncated")
+        assert len(numbers) >= model.replay_buffer.size() - 2 * 4
+    model.get_env().close()
 
 
 # Loggers

@@ -432,7 +432,9 @@ class TestTraining:
         assert len(self.captures) == 3
         self.assert_same(*models)
 
-    @pytest.mark.parametrize("change", ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "buffer"])
+    @pytest.mark.parametrize(
+        "change", ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "gamma", "buffer"]
+    )
     def test_changes_from_outside(self, device, change, tmp_path):
         """A graph goes on with what was set, not with what it was captured with."""
         models = [make(device) for make in (self.make, self.uncaptured)]
@@ -452,13 +454,15 @@ class TestTraining:
                 model.lr_schedule = lambda _: 1e-2
             elif change == "exploration_noise":
                 model.exploration_noise = 0.0
+            elif change == "gamma":
+                model.gamma = 0.5
             else:
                 model.load_replay_buffer(tmp_path / "buffer")
             th.manual_seed(2)
             np.random.seed(2)
             model.action_space.seed(2)
             model.learn(40, reset_num_timesteps=False)
-        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 4, "buffer": 5}
+        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 4, "gamma": 5, "buffer": 5}
         self.assert_same(*models)
         assert len(self.captures) == expected[change], self.captures
 

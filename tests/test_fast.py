@@ -120,12 +120,11 @@ def distance(policy, other, start):
 
 @needs_compiler
 @pytest.mark.parametrize("actions", ACTION_SPACES)
-@pytest.mark.parametrize(
-    "bfloat16, compiled", [(False, True), (True, False), (True, True)], ids=["compiled", "bfloat16", "compiled-bfloat16"]
-)
-def test_500_updates(actions, bfloat16, compiled):
+@pytest.mark.parametrize("precision, compiled", [("float32", True), ("bfloat16", False), ("bfloat16", True)])
+def test_500_updates(actions, precision, compiled):
     """Compared with eager float32."""
-    agents = [make(actions), make(actions, bfloat16=bfloat16, compiled=compiled)]
+    bfloat16 = precision == "bfloat16"
+    agents = [make(actions), make(actions, precision=precision, compiled=compiled)]
     start = weights(agents[0][0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The updates could not be compiled")
@@ -154,7 +153,7 @@ def test_images_compiled():
 
 def test_values_are_not_rounded():
     """In steps of a bfloat16, values would hide what the actions of a state differ by: learning starts late."""
-    policy, learner = make("box", bfloat16=True)
+    policy, learner = make("box", precision="bfloat16")
     with th.no_grad():
         policy.critic.layers[-1].bias.fill_(100.0)  # bfloat16 has steps of a half there
     z_sa = th.randn(BATCH, SIZES["z_sa_dim"])
@@ -167,10 +166,11 @@ def test_values_are_not_rounded():
 
 
 @needs_compiler
-@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
-def test_weights_set_from_outside(bfloat16):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_set_from_outside(precision):
     """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""
-    fast, other = (make("box", seed=seed, bfloat16=bfloat16, compiled=compiled) for seed, compiled in ((0, True), (1, False)))
+    fast = make("box", seed=0, precision=precision, compiled=True)
+    other = make("box", seed=1, precision=precision, compiled=False)
     train(*fast, 5)
     train(*other, 5)
     policy, copy = fast[0], other[0]
@@ -181,7 +181,7 @@ def test_weights_set_from_outside(bfloat16):
     assert th.equal(weights(policy), start)
     train(*fast, 20)
     train(*other, 20)
-    assert distance(policy, copy, start) < (0.3 if bfloat16 else 1e-4)
+    assert distance(policy, copy, start) < (0.3 if precision == "bfloat16" else 1e-4)
 
 
 @needs_compiler
@@ -217,9 +217,9 @@ class TestModel:
         with pytest.raises(ValueError, match="compile_updates is 'yes', but must be one of 'auto', True, False"):
             MRQ("MlpPolicy", "Pendulum-v1", compile_updates="yes")
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", compile_updates=True, **SMALL)
-        assert model.learner.bfloat16 and model.learner.compiled
+        assert model.learner.hyperparameters.precision == "bfloat16" and model.learner.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
-        assert not model.learner.bfloat16 and not model.learner.compiled
+        assert model.learner.hyperparameters.precision != "bfloat16" and not model.learner.compiled
 
     def test_tf32(self, monkeypatch):
         """For the updates alone, backward passes included."""
@@ -260,12 +260,37 @@ class TestModel:
         assert not model.learner.compiled
 
     @needs_compiler
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_hyperparameters_set_from_outside(self, tmp_path, compiled):
+        """As in TD3, what is set on a model counts from the next training step on."""
+        given = dict(gamma=0.5, target_policy_noise=0.0, priority_alpha=0.0, reward_loss_weight=0.7, max_grad_norm=1e-3)
+        model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=compiled, **SMALL)
+        model.learn(40)
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "buffer")
+        for name, value in given.items():
+            setattr(model, name, value)
+        loaded, unchanged = (
+            MRQ.load(tmp_path / "model", env=model.get_env(), compile_updates=False, **kwargs) for kwargs in (given, {})
+        )
+        for other in (loaded, unchanged):
+            other.load_replay_buffer(tmp_path / "buffer")
+            other.set_logger(model.logger)
+        start = weights(model)
+        for each in (model, loaded, unchanged):
+            th.manual_seed(1)
+            np.random.seed(1)
+            each.train(5, batch_size=8)
+        assert distance(model, loaded, start) < 1e-3
+        assert distance(unchanged, loaded, start) > 0.1
+
+    @needs_compiler
     def test_save_one_way_load_the_other(self, tmp_path):
         model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=True, precision="bfloat16", **SMALL)
         model.learn(40)
         model.save(tmp_path / "model")
         eager = MRQ.load(tmp_path / "model", compile_updates=False, precision="float32")
-        assert not eager.learner.compiled and not eager.learner.bfloat16
+        assert not eager.learner.compiled and eager.learner.hyperparameters.precision == "float32"
         for name, value in model.policy.state_dict().items():
             assert value.dtype == th.float32 and "_orig_mod" not in name
             assert th.equal(eager.policy.state_dict()[name], value)

@@ -5,6 +5,7 @@ Small agents in float64 are compared with the same computation in NumPy, gradien
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import numpy_agent as reference
@@ -300,7 +301,7 @@ def test_clipping(float64, n_critics, strength):
     ]
     bound = 0.5 * (max(heads) + reference.norm(unclipped)) if strength == "all heads together" else 0.1 * min(heads)
     assert bound < reference.norm(unclipped)
-    agent.learner.max_grad_norm = bound
+    agent.learner.hyperparameters = replace(agent.learner.hyperparameters, max_grad_norm=bound)
 
     _, metrics = batch.update(agent)
 

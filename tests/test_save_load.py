@@ -130,7 +130,7 @@ def test_everything_is_in_the_file(trained):
     # Hyperparameters
     for name in ("exploration_noise", "gamma", "learning_starts", "batch_size", "target_update_interval", "buffer_size"):
         assert getattr(loaded, name) == getattr(model, name), name
-    assert loaded.learner.gamma == 0.91
+    assert loaded.learner.hyperparameters.gamma == 0.91
     assert loaded.replay_buffer.horizon == model.replay_buffer.horizon
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch as th
+from envs import VECTOR, SpaceEnv, tiny_model
 from gymnasium import spaces
 from matplotlib import image
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_buffer import NumberEnv
 
 from benchmarks import report, study
-from benchmarks.evaluation import RandomActions
+from benchmarks.evaluation import EvaluationCallback, RandomActions
 
 TINY = ["--steps", "40", "--eval-freq", "20", "--eval-episodes", "1", "--seeds", "1"]
 
@@ -159,6 +162,26 @@ def test_random_actions():
         env.step(np.array([0, 0]))
     # Of the random actions a fifth are the one that was given
     assert np.mean(np.array(Noted.taken) != 0) == pytest.approx(0.25 * 4 / 5, abs=0.03)
+
+
+def test_discrete_policies_are_evaluated_by_samples(tmp_path, monkeypatch):
+    """Section 6: argmax(GumbelSoftmax(u)). Training draws the same numbers all the same."""
+    model = tiny_model(SpaceEnv(VECTOR, spaces.Discrete(3)))
+    seen = []
+    predict = model.predict
+
+    def noted(*args, deterministic, **kwargs):
+        seen.append(deterministic)
+        return predict(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(model, "predict", noted)
+    env = DummyVecEnv([lambda: Monitor(SpaceEnv(VECTOR, spaces.Discrete(3)))])
+    callback = EvaluationCallback(env, tmp_path / "evaluations.csv", 10, 1, "task")
+    callback.init_callback(model)
+    before = th.get_rng_state()
+    callback.on_training_start({}, {})
+    assert seen and not any(seen)
+    assert th.equal(th.get_rng_state(), before)
 
 
 def results(returns, steps=(0, 10, 20)):

@@ -222,7 +222,7 @@ class TestContinuing:
     def test_changed_hyperparameter(self, run):
         experiment = manager(run.parents[2], trained_agent=str(run), hyperparams={"gamma": 0.9}, eval_freq=-1)
         model, _ = experiment.setup_experiment()
-        assert model.gamma == model.learner.gamma == 0.9
+        assert model.gamma == model.learner.hyperparameters.gamma == 0.9
 
 
 class TestSearch:

@@ -37,6 +37,7 @@ from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.device_training import release
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
 
@@ -174,6 +175,7 @@ def time_updates(device: str, seconds: float) -> dict[str, Any]:
         for mode in modes:
             model.learner.hyperparameters = replace(model.learner.hyperparameters, precision=precision)
             model.learner.compile("compiled" in mode)
+            release(model)
             model._device_training = None
             model._may_capture = "captured" in mode
             start = time.perf_counter()
@@ -182,6 +184,8 @@ def time_updates(device: str, seconds: float) -> dict[str, Any]:
                 update_encoder()
                 update_value_and_policy()
             synchronize()
+            if "captured" in mode and not (model._device_training and model._device_training.captured):
+                sys.exit("The updates could not be captured.")
             first = time.perf_counter() - start
             encoder, value = 1e3 * fastest(update_encoder, seconds), 1e3 * fastest(update_value_and_policy, seconds)
             row[mode] = {

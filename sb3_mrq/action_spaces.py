@@ -76,7 +76,7 @@ class BoxActions:
         """
         return (action + (std * noise).clamp(-clip, clip)).clamp(-1, 1)
 
-    def explore(self, pre_activation: th.Tensor, std: float) -> th.Tensor:
+    def explore(self, pre_activation: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """
         :param pre_activation: u, (B, A)
         :param std: standard deviation of the exploration noise
@@ -183,7 +183,7 @@ class CategoricalActions:
         std, clip = self.NOISE_SCALE * std, self.NOISE_SCALE * clip
         return self.encode(self._argmax(action + (std * noise).clamp(-clip, clip)))
 
-    def explore(self, pre_activation: th.Tensor, std: float) -> th.Tensor:
+    def explore(self, pre_activation: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """
         :param pre_activation: u, (B, A)
         :param std: standard deviation of the exploration noise, in the units of Box actions

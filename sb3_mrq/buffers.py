@@ -228,6 +228,8 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
     def drop_mirror(self) -> None:
         """Give up the copy on a device, if there is one."""
         self._pull_priorities()
+        if self._mirror is not None:
+            self._mirror.close()
         self._mirror = None
 
     def places(self) -> dict[str, np.ndarray]:

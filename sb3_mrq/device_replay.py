@@ -26,20 +26,23 @@ class DeviceReplay:
 
     :param buffer: with at least one transition
     :param device: with room for ``size_of(buffer)`` bytes
+    :raises CaptureError: for types of observations that torch stores, but hardly computes with
     """
 
     def __init__(self, buffer: SubtrajectoryReplayBuffer, device: th.device):
         self.device = device
         self._buffer = buffer
         self._host = buffer.places()
+        for name, array in self._host.items():
+            if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+                raise CaptureError(f"{name} are of the type {array.dtype}.")
         n_places = len(self._host["rewards"])
         # One place more than there are, for what fills up a copy of fewer places
         self._nowhere = n_places
         self._arrays = {name: self._upload(array) for name, array in self._host.items()}
         self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
         self.priorities = DevicePriorities(n_places + 1, device)
-        indices = np.arange(n_places)
-        self.write_priorities(indices, buffer.priorities(indices), buffer.max_priority)
+        self.priorities.fill(th.from_numpy(buffer.priorities(np.arange(n_places))).to(device))
 
         # A step of one environment changes four places at most times
         self._n_slots = 8 * (1 + buffer.n_envs)
@@ -54,6 +57,12 @@ class DeviceReplay:
         self._write: Callable[[], None] = Graph(self._write_staged, device)
         self._marked: list[np.ndarray] = []
         self._activated: list[np.ndarray] = []
+
+    def close(self) -> None:
+        """Give the memory on the device back; graphs that refer to it would keep it."""
+        self._arrays.clear()
+        self._write = self._write_staged
+        del self.priorities, self._staging
 
     @staticmethod
     def size_of(buffer: SubtrajectoryReplayBuffer) -> int:
@@ -166,7 +175,7 @@ class DeviceReplay:
         :param batch_size: Number of sub-trajectories
         :return: the sub-trajectories
         """
-        return self.get_subtrajectories(self.priorities.sample(batch_size))
+        return self.get_subtrajectories(self._draw(batch_size))
 
     def sample_n_step(self, batch_size: int) -> NStepSamples:
         """
@@ -175,7 +184,12 @@ class DeviceReplay:
         :param batch_size: Number of transitions
         :return: the transitions
         """
-        return self.get_n_step(self.priorities.sample(batch_size))
+        return self.get_n_step(self._draw(batch_size))
+
+    def _draw(self, batch_size: int) -> th.Tensor:
+        # Where training has diverged, and priorities are not numbers, any place there is: one beyond them all would end the
+        # device's context, and with it the chance to tell
+        return self.priorities.sample(batch_size).clamp_max(self._nowhere - 1)
 
     def get_subtrajectories(self, indices: th.Tensor) -> SubtrajectorySamples:
         """

@@ -65,10 +65,9 @@ class DeviceTraining:
         self._encoder = Graph(self._encoder_step, self.device, lambda: self._places("encoder"))
         self._value = Graph(self._value_step, self.device, lambda: self._places("encoder", "critic", "actor"))
         self._act = Graph(
-            self._act_step,
-            self.device,
-            lambda: [*self._weight_places("encoder"), *self._weight_places("actor"), model.exploration_noise],
+            self._act_step, self.device, lambda: [*self._weight_places("encoder"), *self._weight_places("actor")]
         )
+        self._noise = Scalars(self.device)
         self._observation: Staging | None = None
         self._observation_shapes: Any = None
         self._action: th.Tensor | None = None
@@ -114,13 +113,19 @@ class DeviceTraining:
         optimizer._warned_capturable_if_run_uncaptured = True
         for i, group in enumerate(optimizer.param_groups):
             key = f"{name} {i}"
-            if not isinstance(group["lr"], th.Tensor):
-                self._learning_rates.set(**{key: group["lr"]})
+            # A tensor is that of before, of this object or of another one
+            if not isinstance(group["lr"], th.Tensor) or key not in self._learning_rates:
+                self._learning_rates.set(**{key: float(group["lr"])})
             group["lr"] = self._learning_rates[key]
             if self.device.type == "cuda" and not group["capturable"]:
                 group["capturable"] = True
                 for state in optimizer.state.values():
                     state["step"] = state["step"].to(self.device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether both updates are replayed."""
+        return self._encoder.captured and self._value.captured
 
     def update_encoder(self) -> None:
         """One encoder update."""
@@ -141,11 +146,13 @@ class DeviceTraining:
         self.replay.update_priorities(samples.indices, priorities)
         self.model._value_policy_metrics.add(metrics)
 
-    def act(self, observation: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
         """
         :param observation: of all environments, (n_envs, ...) or a dict of these
+        :param noise: standard deviation of the exploration noise
         :return: as ``MRQPolicy.explore``
         """
+        self._noise.set(std=noise)
         values: dict[Any, np.ndarray] = observation if isinstance(observation, dict) else {None: observation}
         shapes = {key: (value.shape, th.from_numpy(value[:0]).dtype) for key, value in values.items()}
         if self._observation is None or shapes != self._observation_shapes:
@@ -167,5 +174,8 @@ class DeviceTraining:
     def _act_step(self) -> th.Tensor:
         assert self._observation is not None
         values: Any = self._observation.device_arrays
-        noise = 0.0 if self.model.action_noise is not None else self.model.exploration_noise
-        return self.model.policy.explore_tensor(values[None] if None in values else values, noise)
+        return self.model.policy.explore_tensor(values[None] if None in values else values, self._noise["std"])
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model captures graphs of its own."""
+        return

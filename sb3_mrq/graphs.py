@@ -2,6 +2,8 @@
 Functions recorded once as CUDA graphs and replayed, so that the host has nothing to do but start them.
 """
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,8 @@ class Graph:
     :raises CaptureError: when called, if the function cannot be captured
     """
 
-    # Calls that run as they are before one is captured: libraries set themselves up, and optimisers make their state
+    # Calls that run as they are before one is captured: libraries set themselves up, and optimisers make their state. The last
+    # one is watched: what waits for the device then would fail when it is captured.
     WARM_UP = 3
 
     def __init__(self, function: Callable[[], Any], device: th.device, watch: Callable[[], Any] = lambda: None):
@@ -43,6 +46,7 @@ class Graph:
     def reset(self) -> None:
         """Throw the graph away, if there is one, and begin anew."""
         self._calls = 0
+        self._waits: str | None = None
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
         self._watched: Any = None
@@ -65,23 +69,29 @@ class Graph:
         if self._replay is None:
             if self._calls < self.WARM_UP or not self.can_capture(self.device):
                 self._calls += 1
-                return self._run()
+                return self._run(watched=self._calls == self.WARM_UP)
+            if self._waits is not None:
+                raise CaptureError(f"What waits for the device cannot be captured: {self._waits}")
             try:
-                self._replay, self._outputs = self.capture(self.function)
+                with on_device(self.device):
+                    self._replay, self._outputs = self.capture(self.function)
             except Exception as error:
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
             self._watched = self.watch()
         self._replay()
         return self._outputs
 
-    def _run(self) -> Any:
+    def _run(self, watched: bool) -> Any:
         if self.device.type != "cuda":
             return self.function()
         # Work that is captured later must not have run on the default stream
-        stream = th.cuda.Stream(self.device)
+        stream = side_stream(self.device)
         stream.wait_stream(th.cuda.current_stream(self.device))
-        with th.cuda.stream(stream):
-            outputs = self.function()
+        with on_device(self.device), th.cuda.stream(stream):
+            if watched:
+                outputs, self._waits = note_waits(self.function)
+            else:
+                outputs = self.function()
         th.cuda.current_stream(self.device).wait_stream(stream)
         return outputs
 
@@ -96,16 +106,74 @@ class Graph:
     @staticmethod
     def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """
-        Record a function, without doing what it does.
+        Record a function on the current CUDA device, without doing what it does. If that fails the device is left as it was:
+        ``torch.cuda.graph`` by itself would leave its stream the current one, and before torch 2.13 the random generator as if
+        it was still captured.
 
         :param function: as in the constructor
         :return: what replays it, and its outputs
         """
         graph = th.cuda.CUDAGraph()
-        # Other threads, of a hyperparameter search for instance, may go on with what they do on the device
-        with th.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = function()
+        stream = side_stream(th.device("cuda", th.cuda.current_device()))
+        before = th.cuda.current_stream()
+        try:
+            with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = function()
+        except BaseException:
+            # Kept, since torch's allocator may refer to it
+            _failed.append(graph)
+            th.cuda.set_stream(before)
+            # A capture that succeeds ends what the one that failed has begun
+            with contextlib.suppress(RuntimeError), th.cuda.graph(th.cuda.CUDAGraph(), stream=th.cuda.Stream()):
+                th.zeros((), device="cuda")
+            th.cuda.set_stream(before)
+            raise
         return graph.replay, outputs
+
+
+_failed: list[Any] = []
+_side_streams: dict[th.device, Any] = {}
+
+
+def side_stream(device: th.device) -> Any:
+    """
+    :param device: a CUDA device
+    :return: the one stream there on which functions warm up and are captured; each stream has memory of its own
+    """
+    if device not in _side_streams:
+        _side_streams[device] = th.cuda.Stream(device)
+    return _side_streams[device]
+
+
+def on_device(device: th.device) -> contextlib.AbstractContextManager:
+    """
+    :param device: any device
+    :return: makes it the current CUDA device, if it is one
+    """
+    return th.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def note_waits(function: Callable[[], Any]) -> tuple[Any, str | None]:
+    """
+    :param function: works on a CUDA device
+    :return: what it returns, and what torch says of an operation in it that waits for the device, None if there was none
+    """
+    mode = th.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        th.cuda.set_sync_debug_mode("warn")
+        try:
+            outputs = function()
+        finally:
+            th.cuda.set_sync_debug_mode(mode)
+    waits = None
+    for warning in caught:
+        message = str(warning.message)
+        if "called a synchronizing CUDA operation" in message:
+            waits = message
+        elif "Synchronization debug mode" not in message:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return outputs, waits
 
 
 class Staging:

@@ -96,6 +96,9 @@ class Scalars:
                 self._tensors[name].fill_(value)
             self._values[name] = value
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def __getitem__(self, name: str) -> th.Tensor:
         return self._tensors[name]
 
@@ -273,9 +276,12 @@ class Learner:
     @contextmanager
     def _matmul_precision(self) -> Iterator[None]:
         """Backward passes included, hence not a part of the losses."""
+        if self.hyperparameters.precision != "tf32":
+            # What was set elsewhere may not even be readable this way
+            yield
+            return
         before = th.get_float32_matmul_precision()
-        if self.hyperparameters.precision == "tf32":
-            th.set_float32_matmul_precision("high")
+        th.set_float32_matmul_precision("high")
         try:
             yield
         finally:

@@ -3,6 +3,7 @@ MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), lo
 """
 
 import contextlib
+import gc
 import io
 import pathlib
 import threading
@@ -394,8 +395,8 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
-        steps = self._count_env_steps()
-        if self._env_steps is not None and steps is not None and steps != self._env_steps:
+        env_steps = self._count_env_steps()
+        if self._env_steps is not None and env_steps is not None and env_steps != self._env_steps:
             # Evaluated in since then, or another one: what comes next does not follow from the last observation
             self._last_obs = None
         try:
@@ -606,7 +607,7 @@ class MRQ(OffPolicyAlgorithm):
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
         if self._device_training is not None:
             try:
-                action = self._device_training.act(obs)
+                action = self._device_training.act(obs, noise)
                 if not np.isfinite(action).all():
                     raise ValueError(f"Training has diverged: the policy's action is {action}.")
                 return action
@@ -676,6 +677,10 @@ class MRQ(OffPolicyAlgorithm):
         try:
             if self._vec_normalize_env is not None:
                 raise CaptureError("VecNormalize works on the host.")
+            if threading.current_thread() is not threading.main_thread():
+                raise CaptureError("Torch captures one graph at a time, here only in the main thread.")
+            if th.are_deterministic_algorithms_enabled():
+                raise CaptureError("torch.use_deterministic_algorithms excludes the sums by which indices are drawn there.")
             if self._device_training is None or self._device_training.batch_size != batch_size:
                 free = self._free_memory()
                 size = DeviceReplay.size_of(self.replay_buffer)
@@ -703,6 +708,10 @@ class MRQ(OffPolicyAlgorithm):
         self._may_capture = False
         release(self)
         self._device_training = None
+        if self.device.type == "cuda":
+            # Graphs and what they belong to refer to each other
+            gc.collect()
+            th.cuda.empty_cache()
 
     def _train_encoder(self, batch_size: int) -> None:
         """

@@ -232,7 +232,9 @@ class MRQPolicy(BasePolicy):
         if isinstance(space, spaces.Discrete) and space.start != 0:
             obs = obs - int(space.start)
         elif isinstance(space, spaces.MultiDiscrete) and np.any(space.start):
-            obs = obs - th.as_tensor(space.start, device=obs.device)
+            # Made on the device: a copy from the host could not be captured
+            start = th.stack([obs.new_full((), int(value)) for value in space.start.flat])
+            obs = obs - start.view(space.start.shape)
         return preprocess_obs(obs, space, normalize_images=self.normalize_images)  # type: ignore[return-value]
 
     def pre_activation(self, obs: PyTorchObs) -> th.Tensor:
@@ -281,7 +283,7 @@ class MRQPolicy(BasePolicy):
         return self.explore_tensor(obs_tensor, noise).cpu().numpy()
 
     @th.no_grad()
-    def explore_tensor(self, observation: PyTorchObs, noise: float) -> th.Tensor:
+    def explore_tensor(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
         """
         As ``explore``, from tensors on the device to a tensor there.
 

@@ -137,6 +137,15 @@ class DevicePriorities:
         rows = indices // self.ROW
         self.sums.index_put_((rows,), self.rows[rows].sum(dim=1))
 
+    def fill(self, priorities: th.Tensor) -> None:
+        """
+        As ``set``, but of the first m indices, in a pass over all of them.
+
+        :param priorities: finite, not negative, (m,)
+        """
+        self.rows.view(-1)[: len(priorities)] = priorities
+        th.sum(self.rows, dim=1, out=self.sums)
+
     def sample(self, n: int) -> th.Tensor:
         """
         Draw indices independently, each with probability proportional to its priority; there must be one above zero.
@@ -159,7 +168,8 @@ class DevicePriorities:
         cumulative = level.cumsum(dim=1).expand(len(position), -1).contiguous()
         total = cumulative[:, -1:]
         mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
-        child = th.searchsorted(cumulative, mass, right=True)
+        # One beyond the last where priorities are not numbers
+        child = th.searchsorted(cumulative, mass, right=True).clamp_max(level.shape[1] - 1)
         upper = cumulative.gather(1, child)
         lower = cumulative.gather(1, (child - 1).clamp_min(0)).where(child > 0, 0.0)
         return child, (mass - lower) / (upper - lower)

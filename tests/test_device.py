@@ -5,6 +5,7 @@ Graphs are CUDA graphs where there is a GPU. They are also played by recorded_gr
 numbers are those of the first time, tensors stay where they were, and nothing can be read from the device.
 """
 
+import threading
 import warnings
 from copy import deepcopy
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from helpers import NETWORKS, TARGETS
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_buffer import assert_frequencies
+from torch.nn import functional as F
 
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
@@ -30,6 +32,7 @@ CPU = th.device("cpu")
 BOX = spaces.Box(-1, 1, (2,), np.float32)
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 STACK = spaces.Box(0, 255, (3, 8, 8), np.uint8)
+IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 OBSERVATIONS = {
     "vector": VECTOR,
     "stack": STACK,
@@ -73,6 +76,8 @@ class TestPriorities:
         priorities.set(th.tensor([1500, 7]), th.tensor([1e20, 1e-20]))
         priorities.set(th.tensor([1500]), th.tensor([0.0]))
         assert set(priorities.sample(100).tolist()) == {7}
+        priorities.fill(th.tensor([0.0, 3.0]))
+        assert set(priorities.sample(100).tolist()) == {1}
         assert priorities.get(th.tensor([7, 3])).tolist() == [float(np.float32(1e-20)), 0]
 
 
@@ -322,7 +327,12 @@ class TestTraining:
         capture = recorded_graph.capture if request.param == "recorded" else Graph.capture
         if request.param == "recorded":
             monkeypatch.setattr(Graph, "can_capture", staticmethod(lambda device: True))
-            # Compiled code is recorded as little as torch's compiler is on this test's mind
+            # As on a GPU, where torch does not look whether the numbers are in range
+            monkeypatch.setattr(
+                F, "one_hot", lambda numbers, num_classes: (numbers[..., None] == th.arange(num_classes)).long()
+            )
+        if request.param == "recorded" or request.function.__name__ != "test_500_updates":
+            # Compiled code cannot be recorded, and takes long to make
             monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, give_up: function)
 
         def counted(function):
@@ -406,13 +416,16 @@ class TestTraining:
         self.assert_same(*models)
 
     @pytest.mark.parametrize(
-        "kind, actions", [("stack", spaces.Discrete(3)), ("dict", BOX), ("vector", spaces.MultiBinary(2))]
+        "space, actions",
+        [
+            (IMAGE, spaces.Discrete(3, start=2)),
+            (spaces.Dict({"image": IMAGE, "vector": VECTOR}), BOX),
+            (VECTOR, spaces.MultiBinary(2)),
+            (spaces.MultiDiscrete([3, 2], start=[5, -1]), spaces.MultiDiscrete([2, 3])),
+        ],
+        ids=["image", "dict", "vector", "numbers"],
     )
-    def test_spaces(self, device, kind, actions):
-        space = OBSERVATIONS[kind]
-        if kind != "vector":
-            image = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-            space = image if kind == "stack" else spaces.Dict({"image": image, "vector": VECTOR})
+    def test_spaces(self, device, space, actions):
         models = [make(device, space, actions, batch_size=4) for make in (self.make, self.uncaptured)]
         for model in models:
             th.manual_seed(1)
@@ -462,7 +475,7 @@ class TestTraining:
             np.random.seed(2)
             model.action_space.seed(2)
             model.learn(40, reset_num_timesteps=False)
-        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 4, "gamma": 5, "buffer": 5}
+        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 3, "gamma": 5, "buffer": 5}
         self.assert_same(*models)
         assert len(self.captures) == expected[change], self.captures
 
@@ -565,8 +578,44 @@ class TestTraining:
         monkeypatch.setattr(MRQ, "_free_memory", lambda self: 1000)
         self.fails_once(self.make(device), "The replay buffer takes .* GB")
 
-    def test_divergence_is_told(self, device):
+    def test_large_integers(self, device):
+        """Torch stores these types, but can do little with them."""
+        space = spaces.Box(0, 60000, (3,), np.uint16)
+        self.fails_once(self.make(device, space), "observations None are of the type uint16")
+
+    def test_in_a_thread(self, device):
         model = self.make(device)
+        with pytest.warns(UserWarning, match="only in the main thread"):
+            thread = threading.Thread(target=model.learn, args=(30,))
+            thread.start()
+            thread.join()
+        assert model._n_updates == 20 and model._device_training is None
+
+    def test_deterministic_algorithms(self, device):
+        th.use_deterministic_algorithms(True)
+        try:
+            self.fails_once(self.make(device), "use_deterministic_algorithms")
+        finally:
+            th.use_deterministic_algorithms(False)
+
+    def test_two_in_turn(self, device):
+        """Captured anew for a model whose optimisers were captured before, as with another batch size, and for a copy."""
+        models = [make(device) for make in (self.make, self.uncaptured)]
+        for model in models:
+            th.manual_seed(1)
+            model.learn(60)
+            model.batch_size = 6
+            model._prepare_capturing(6)
+            model.learn(20, reset_num_timesteps=False)
+        self.assert_same(*models)
+        copy = deepcopy(models[0])
+        assert copy._device_training is None and models[0]._device_training is not None
+        copy.learn(20, reset_num_timesteps=False)
+        assert copy._device_training is not None
+
+    @pytest.mark.parametrize("n_envs", [1, 3])
+    def test_divergence_is_told(self, device, n_envs):
+        model = self.make(device, env=DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9) for _ in range(n_envs)]))
         model.learn(30)
         with th.no_grad():
             next(model.critic.parameters()).fill_(th.nan)

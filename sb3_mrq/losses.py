@@ -72,17 +72,6 @@ def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
     return weights
 
 
-def continuation_mask(ended: th.Tensor) -> th.Tensor:
-    """
-    M_0 = 1, M_{t+1} = M_t (1 - ended_t): one up to and including the step that ends the episode, zero after it.
-
-    :param ended: 1 where the transition is the last of its episode, else 0, (B, H)
-    :return: (B, H)
-    """
-    alive = th.cumprod(1 - ended[:, :-1], dim=1)
-    return th.cat([th.ones_like(ended[:, :1]), alive], dim=1)
-
-
 def encoder_loss(
     predicted_z_s: th.Tensor,
     target_z_s: th.Tensor,

@@ -36,11 +36,6 @@ class PriorityTree:
         """Sum of all priorities."""
         return float(self._levels[-1].sum())
 
-    def clear(self) -> None:
-        """Set all priorities to zero."""
-        for level in self._levels:
-            level.fill(0.0)
-
     def get(self, indices: np.ndarray) -> np.ndarray:
         """
         :param indices: (n,)

@@ -40,6 +40,11 @@ def make_learner(policy, compiled=False, **hyperparameters):
     return Learner(*networks, policy.actions, UpdateHyperparameters(**(PAPER | hyperparameters)), compiled)
 
 
+def continuation_mask(ended):
+    """M_0 = 1, M_{t+1} = M_t (1 - ended_t): one up to and including the step that ends the episode, zero after it, (B, H)."""
+    return th.cat([th.ones_like(ended[:, :1]), th.cumprod(1 - ended[:, :-1], dim=1)], dim=1)
+
+
 def update_encoder(learner, obs, *batch, **kwargs):
     """One encoder update, with the preprocessed observations s_0 to s_H in one tensor, (B, H + 1, ...)."""
     first_obs, *next_obs = obs.unbind(dim=1)

@@ -1113,18 +1113,6 @@ def test_empty_tree(capacity):
     assert tree.get(np.arange(capacity)).sum() == 2
 
 
-def test_tree_clear():
-    tree = PriorityTree(500)
-    tree.set(np.arange(500), 2.0)
-    assert tree.total == 1000
-    tree.clear()
-    assert tree.total == 0
-    assert (tree.get(np.arange(500)) == 0).all()
-    tree.set(np.array([499]), 1.5)
-    assert tree.total == 1.5
-    assert (tree.sample(100) == 499).all()
-
-
 def test_a_refused_first_add_leaves_the_buffer_usable():
     buffer = make_buffer(buffer_size=20)
     with pytest.raises(ValueError, match="Environment 0 gave the reward nan"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import NETWORKS, make_learner, make_policy, read_weights, update_encoder, write_weights
+from helpers import NETWORKS, continuation_mask, make_learner, make_policy, read_weights, update_encoder, write_weights
 
 from sb3_mrq import losses
 from sb3_mrq.learner import Noise
@@ -58,7 +58,7 @@ class Golden:
             self["encoder/actions"],
             self["encoder/rewards"],
             terminated,
-            losses.continuation_mask(terminated),
+            continuation_mask(terminated),
         )
 
     def update_value_and_policy(self, i):
@@ -69,7 +69,7 @@ class Golden:
             self["value/actions"],
             self["value/rewards"],
             terminated,
-            losses.continuation_mask(terminated),
+            continuation_mask(terminated),
             self.policy.preprocess(self["value/next_observations"]),
             self["value/rbar"],
             self["value/rbar_target"],

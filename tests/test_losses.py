@@ -8,12 +8,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import continuation_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sb3_mrq.losses import (
     EncoderLoss,
-    continuation_mask,
     encoder_loss,
     n_step_return,
     policy_loss,
@@ -292,22 +292,8 @@ def test_two_hot_is_a_distribution_over_two_neighbours_whose_mean_is_the_reward(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Mask and n-step return
+# N-step return
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def test_continuation_mask_for_every_pattern_of_ends():
-    """Section 3: M_0 = 1, M_{t+1} = M_t (1 - d_t); the ending transition itself counts, nothing after it does."""
-    ended = np.array(list(itertools.product([0.0, 1.0], repeat=5)))
-    expected = np.zeros_like(ended)
-    for row in range(len(ended)):
-        running = 1.0
-        for t in range(5):
-            expected[row, t] = running
-            running *= 1.0 - ended[row, t]
-    given_ended = torch.tensor(ended)
-    np.testing.assert_array_equal(continuation_mask(given_ended).numpy(), expected)
-    np.testing.assert_array_equal(given_ended.numpy(), ended, err_msg="the input was changed")
 
 
 def episode_patterns(n_steps):
@@ -696,8 +682,7 @@ def test_no_loss_reads_a_value_back_to_the_host():
 
     batch_size, horizon, n_steps = 4, 5, 3
     bins = reward_bins(device="meta")
-    mask = continuation_mask(empty(batch_size, horizon))
-    assert mask.shape == (batch_size, horizon)
+    mask = empty(batch_size, horizon)
     z_s, logits, scalars = empty(batch_size, horizon, 8), empty(batch_size, horizon, 65), empty(batch_size, horizon)
     loss = encoder_loss(z_s, z_s, logits, scalars, scalars, scalars, mask, bins, termination_weight=empty())
     assert loss.total.shape == ()

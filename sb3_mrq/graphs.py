@@ -132,7 +132,7 @@ class Graph:
 
 
 _failed: list[Any] = []
-_side_streams: dict[th.device, Any] = {}
+_side_streams: dict[int, Any] = {}
 
 
 def side_stream(device: th.device) -> Any:
@@ -140,9 +140,10 @@ def side_stream(device: th.device) -> Any:
     :param device: a CUDA device
     :return: the one stream there on which functions warm up and are captured; each stream has memory of its own
     """
-    if device not in _side_streams:
-        _side_streams[device] = th.cuda.Stream(device)
-    return _side_streams[device]
+    index = th.cuda.current_device() if device.index is None else device.index
+    if index not in _side_streams:
+        _side_streams[index] = th.cuda.Stream(index)
+    return _side_streams[index]
 
 
 def on_device(device: th.device) -> contextlib.AbstractContextManager:

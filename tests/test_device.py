@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.graphs import CaptureError, Graph, Staging
+from sb3_mrq.graphs import CaptureError, Graph, Staging, note_waits
 from sb3_mrq.priorities import DevicePriorities
 
 CPU = th.device("cpu")
@@ -295,6 +295,28 @@ class TestGraph:
             for _ in range(10):
                 graph()
         assert float(total) == 2**Graph.WARM_UP - 1
+
+
+def test_waits_are_noted(monkeypatch):
+    """What torch says of operations that wait for the device, while all other warnings remain."""
+    modes = [0]
+    monkeypatch.setattr(th.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(th.cuda, "set_sync_debug_mode", modes.append)
+
+    def function(*messages):
+        assert modes[-1] == "warn"
+        for message in messages:
+            warnings.warn(message, UserWarning, stacklevel=1)
+        return 7
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert note_waits(function) == (7, None)
+        outputs, waits = note_waits(lambda: function("called a synchronizing CUDA operation (Triggered internally)"))
+        assert outputs == 7 and waits.startswith("called a synchronizing")
+    with pytest.warns(UserWarning, match="something else"):
+        assert note_waits(lambda: function("something else")) == (7, None)
+    assert modes[-1] == 0
 
 
 class LateEnd(SpaceEnv):

@@ -162,10 +162,13 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     """
     :param matrices: normalised scores by algorithm
     :param reps: bootstrap samples
-    :return: interquartile mean and optimality gap of each algorithm, and the probability that ``mrq`` (else the first one)
-        improves on each of the others, each with its 95 % interval
+    :return: interquartile mean and optimality gap of each algorithm, and the probability that ``mrq`` (else its first variant,
+        else the first algorithm) improves on each of the others, each with its 95 % interval, None where there is but one seed
     """
     numbers: dict[str, Any] = {}
+
+    def interval(limits: np.ndarray, *of: np.ndarray) -> list[float] | None:
+        return limits.tolist() if min(map(len, of)) > 1 else None
 
     def statistics(matrix: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_iqm(matrix), metrics.aggregate_optimality_gap(matrix)])
@@ -173,11 +176,11 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     points, limits = intervals(matrices, statistics, reps)
     for algorithm, matrix in matrices.items():
         numbers[algorithm] = {
-            name: {"value": float(points[algorithm][k]), "interval": limits[algorithm][:, k].tolist()}
+            name: {"value": float(points[algorithm][k]), "interval": interval(limits[algorithm][:, k], matrix)}
             for k, name in enumerate(("iqm", "optimality_gap"))
         }
         numbers[algorithm]["n_seeds"] = len(matrix)
-    main = "mrq" if "mrq" in matrices else next(iter(matrices))
+    main = min(matrices, key=lambda name: (name != "mrq", not name.startswith("mrq")))
     pairs = {name: (matrices[main], matrix) for name, matrix in matrices.items() if name != main}
     if pairs:
 
@@ -189,7 +192,7 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
             numbers[name]["probability_that_it_is_improved_on"] = {
                 "by": main,
                 "value": float(points[name][0]),
-                "interval": limits[name][:, 0].tolist(),
+                "interval": interval(limits[name][:, 0], *pairs[name]),
             }
     return numbers
 
@@ -254,10 +257,12 @@ def draw_curves(axes: Axes, task: str, results: pd.DataFrame, published: pd.Data
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float], str]], title: str, label: str) -> None:
-    """Horizontal bars: name, value, 95 % interval and colour of each."""
-    for y, (_, value, (low, high), color) in enumerate(rows):
-        axes.barh(y, high - low, left=low, height=0.6, color=color, alpha=0.35)
+def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, label: str) -> None:
+    """Horizontal bars: name, value, 95 % interval (if there is one) and colour of each."""
+    for y, (_, value, interval, color) in enumerate(rows):
+        if interval is not None:
+            low, high = interval
+            axes.barh(y, high - low, left=low, height=0.6, color=color, alpha=0.35)
         axes.plot([value, value], [y - 0.3, y + 0.3], color=color, linewidth=2)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -382,7 +387,9 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
         sections += [
             "<h2>Over all tasks</h2>",
             f'<p class="note">Over the {len(common)} tasks that all algorithms were run on, with 95 % intervals of a '
-            "bootstrap stratified by task. Returns are normalised: 0 to 1000 in the DeepMind Control suite; elsewhere from "
+            "bootstrap stratified by task, which a single seed does not have. Seeds: "
+            + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in matrices.items())
+            + ". Returns are normalised: 0 to 1000 in the DeepMind Control suite; elsewhere from "
             "the return before training to that of the best algorithm.</p>",
             picture("aggregates", "interquartile mean and optimality gap of each algorithm"),
         ]

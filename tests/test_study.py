@@ -252,6 +252,21 @@ class TestReport:
         low, high = numbers["mrq"]["iqm"]["interval"]
         assert 0.6 <= low < 0.775 < high <= 1.25
 
+    def test_no_interval_of_one_seed(self, tmp_path):
+        one = results({(TASKS[0], "td3"): [100], (TASKS[0], "mrq-bfloat16"): [600, 800], (TASKS[0], "mrq-1-step"): [7]})
+        numbers = report.aggregates(report.scores(one, None)[0], 50)
+        assert numbers["td3"]["iqm"] == {"value": pytest.approx(0.1), "interval": None}
+        low, high = numbers["mrq-bfloat16"]["iqm"]["interval"]
+        assert low == pytest.approx(0.6) and high == pytest.approx(0.8)
+        improvement = {"by": "mrq-bfloat16", "value": 1.0, "interval": None}
+        assert numbers["td3"]["probability_that_it_is_improved_on"] == improvement
+        assert "probability_that_it_is_improved_on" not in numbers["mrq-bfloat16"]
+        report.make_report(one, None, tmp_path, "One seed", reps=50)
+        assert (
+            "which a single seed does not have. Seeds: td3 1, mrq-bfloat16 2, mrq-1-step 1."
+            in (tmp_path / "index.html").read_text()
+        )
+
     def test_comparison(self, published):
         table = report.compare_with_published(results(RETURNS), report.read_published(published)).set_index("task")
         walker, cheetah = table.loc[TASKS[0]], table.loc[TASKS[1]]

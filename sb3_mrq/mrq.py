@@ -358,8 +358,8 @@ class MRQ(OffPolicyAlgorithm):
         """
         :return: the hyperparameters of the updates, as they are now
         """
-        names = [field.name for field in fields(UpdateHyperparameters)]
-        return UpdateHyperparameters(**{name: getattr(self, name) for name in names})
+        values = {field.name: getattr(self, field.name) for field in fields(UpdateHyperparameters)}
+        return UpdateHyperparameters(**values | {"precision": "float32" if self.precision == "auto" else self.precision})
 
     def _create_aliases(self) -> None:
         self.encoder = self.policy.encoder

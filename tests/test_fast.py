@@ -219,7 +219,7 @@ class TestModel:
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", compile_updates=True, **SMALL)
         assert model.learner.hyperparameters.precision == "bfloat16" and model.learner.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
-        assert model.learner.hyperparameters.precision != "bfloat16" and not model.learner.compiled
+        assert model.learner.hyperparameters.precision == "float32" and not model.learner.compiled
 
     def test_tf32(self, monkeypatch):
         """For the updates alone, backward passes included."""

@@ -5,6 +5,7 @@ and a record of all calls of its learner.
 
 import inspect
 from copy import deepcopy
+from dataclasses import asdict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -511,7 +512,7 @@ def test_learning_rate_schedules():
 def test_defaults_are_those_of_the_paper():
     """Sections 3 to 8: every constant."""
     model = MRQ("MlpPolicy", ToyEnv(), device="cpu")
-    assert {name: getattr(model.learner, name) for name in PAPER} == PAPER
+    assert asdict(model.learner.hyperparameters) == PAPER
     expected = dict(
         buffer_size=1_000_000,
         learning_starts=10_000,

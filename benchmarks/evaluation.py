@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, sync_envs_no
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_mrq import MRQ
+from sb3_mrq.diagnostics.episodes import no_side_effects
 
 COLUMNS = ("env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds")
 
@@ -127,8 +128,7 @@ class EvaluationCallback(BaseCallback):
             sync_envs_normalization(vec_normalize, self.env)
         # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
         deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with th.random.fork_rng(devices):
+        with no_side_effects(self.model):
             returns, lengths = evaluate_policy(
                 self.model, self.env, self.n_episodes, deterministic=deterministic, return_episode_rewards=True
             )

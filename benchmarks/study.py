@@ -241,17 +241,19 @@ def run_on_ray(runs: list[Run], address: str | None) -> Iterator[tuple[Run, str 
         ray.shutdown()
 
 
-def runs_in(out: Path) -> list[Run]:
+def finished_runs(out: Path) -> dict[Run, dict[str, Any]]:
     """
     :param out: folder of a study
-    :return: the runs in it that were finished, whichever command began them
+    :return: the runs in it that were finished, whichever command began them, with what they wrote down at their end
     """
-    runs = []
-    for record in out.glob("runs/*/*/*/run.json"):
-        settings = json.loads(record.read_text()).get("settings")
+    runs = {}
+    for path in out.glob("runs/*/*/*/run.json"):
+        record = json.loads(path.read_text())
+        settings = record.get("settings")
         if settings is not None:
-            runs.append(Run(**settings | {"out": str(out.resolve()), "hyperparams": tuple(settings["hyperparams"])}))
-    return sorted(runs, key=lambda run: (run.task, run.algorithm, run.seed))
+            run = Run(**settings | {"out": str(out.resolve()), "hyperparams": tuple(settings["hyperparams"])})
+            runs[run] = record
+    return dict(sorted(runs.items(), key=lambda item: (item[0].task, item[0].algorithm, item[0].seed)))
 
 
 def gather(runs: Iterable[Run], out: Path) -> int:
@@ -263,13 +265,12 @@ def gather(runs: Iterable[Run], out: Path) -> int:
     :return: number of runs in the table
     """
     now = {run.folder: run for run in runs}
-    finished = [run for run in runs_in(out) if now.get(run.folder, run).finished()]
+    finished = {run: record for run, record in finished_runs(out).items() if now.get(run.folder, run).settings == run.settings}
     temporary = out / "results.tmp"
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
-        for run in finished:
-            record = json.loads((run.folder / "run.json").read_text())
+        for run, record in finished.items():
             with (run.folder / "evaluations.csv").open(newline="") as evaluations:
                 for row in csv.DictReader(evaluations):
                     measured = [row[name] for name in COLUMNS if name not in ("env", "seed", "timesteps")]

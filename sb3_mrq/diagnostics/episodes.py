@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
@@ -53,7 +54,7 @@ class Episode:
 
 
 @contextmanager
-def no_side_effects(model: MRQ) -> Iterator[None]:
+def no_side_effects(model: BaseAlgorithm) -> Iterator[None]:
     """
     Put back whatever evaluating a model changes outside the environment: the generators of Python, NumPy and torch, that of
     the model's action space, the mode of the policy.

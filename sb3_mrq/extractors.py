@@ -70,6 +70,8 @@ class CNNExtractor(BaseFeaturesExtractor):
 
     CHANNELS = 32
     STRIDES = (2, 2, 2, 1)
+    # See StateEncoder
+    images_at_once: int | None = 8
 
     def __init__(self, observation_space: spaces.Space, activation_fn: type[nn.Module] = ELU, normalized_image: bool = False):
         if not is_image_space(observation_space, normalized_image=normalized_image):
@@ -141,6 +143,7 @@ class MultiInputExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         # nn.ModuleDict refuses some names that are fine as keys of a space ("pop", or with a dot in it)
         self.image_keys = list(cnns)
+        self.images_at_once = CNNExtractor.images_at_once if cnns else None
         self.cnns = nn.ModuleList(cnns.values())
         self.vector_keys = [key for key in observation_space.spaces if key not in cnns]
         self.mlp = layer_norm_mlp(vector_dim, list(net_arch), activation_fn) if vector_dim > 0 else None

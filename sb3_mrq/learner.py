@@ -19,9 +19,7 @@ from torch.func import functional_call
 
 from sb3_mrq import losses
 from sb3_mrq.action_spaces import BoxActions, CategoricalActions
-from sb3_mrq.networks import Actor, Critic, Encoder
-
-Observation = th.Tensor | dict[str, th.Tensor]
+from sb3_mrq.networks import Actor, Critic, Encoder, Observation
 
 
 class EncoderMetrics(NamedTuple):

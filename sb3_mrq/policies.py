@@ -166,8 +166,9 @@ class MRQPolicy(BasePolicy):
     def make_encoder(self) -> Encoder:
         """Create the state encoder, the state-action encoder and the linear MDP predictor."""
         extractor = self.make_features_extractor()
+        at_once = extractor.images_at_once if isinstance(extractor, (CNNExtractor, MultiInputExtractor)) else None
         return Encoder(
-            StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn),
+            StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn, at_once),
             StateActionEncoder(
                 self.z_s_dim, self.actions.dim, self.z_a_dim, self.z_sa_dim, self.net_arch["encoder"], self.activation_fn
             ),
@@ -220,7 +221,8 @@ class MRQPolicy(BasePolicy):
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
         :param obs: observations as the environment gives them, (B, ...) or a dict of these
-        :return: floats, images divided by 255, discrete observations one-hot, as the encoder takes them
+        :return: what the state encoder takes: floats, discrete observations one-hot, images of bytes as they are, which it
+            divides by 255
         """
         if isinstance(obs, dict):
             assert isinstance(self.observation_space, spaces.Dict)
@@ -228,6 +230,8 @@ class MRQPolicy(BasePolicy):
         return self._preprocess(obs, self.observation_space)
 
     def _preprocess(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
+        if obs.dtype == th.uint8 and self.normalize_images and is_image_space(space):
+            return obs
         # SB3 takes spaces that start at zero
         if isinstance(space, spaces.Discrete) and space.start != 0:
             obs = obs - int(space.start)

@@ -80,6 +80,8 @@ def step(policy, learner, generator, lr, images=False):
         change = actions[:, t].mean(dim=1).view(-1, *[1] * (obs[0].ndim - 1))
         obs.append((obs[-1] + 0.1 * change).clamp(0, 1) if images else 0.9 * obs[-1] + 0.1 * change)
     rewards = th.stack([o.flatten(1)[:, 0] for o in obs[1:]], dim=1)
+    if images:
+        obs = [(255 * o).byte() for o in obs]
     one = th.ones(())
     encoder = learner.update_encoder(obs[0], obs[1:], actions, rewards, terminated, mask, one)
     noise = type(learner.sample_noise(1))(

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from envs import BOX, IMAGE, TINY_POLICY, VECTOR, SpaceEnv, changed, learn_and_check, policy_for, tiny_model
 from gymnasium import spaces
-from helpers import NETWORKS, same, snapshot
+from helpers import NETWORKS, make_policy, same, snapshot
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 
@@ -20,6 +20,8 @@ from sb3_mrq.policies import MRQPolicy
 
 DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
 FLOAT_IMAGE = spaces.Box(0, 1, (3, 36, 36), dtype=np.float32)
+BYTE_IMAGE = spaces.Box(0, 255, (3, 36, 36), dtype=np.uint8)
+BYTES_AND_VECTOR = spaces.Dict(image=BYTE_IMAGE, vector=VECTOR)
 ALIASES = {"MlpPolicy": (MlpPolicy, VECTOR), "CnnPolicy": (CnnPolicy, IMAGE), "MultiInputPolicy": (MultiInputPolicy, DICT)}
 
 
@@ -180,10 +182,57 @@ def test_float_images_with_extractors_of_sb3(extractor):
 
 def test_normalize_images_decides_about_the_scale():
     """The same picture as bytes and as floats in [0, 1] leads to the same action."""
-    of_bytes = tiny_model(SpaceEnv(spaces.Box(0, 255, (3, 36, 36), dtype=np.uint8)), "CnnPolicy")
+    of_bytes = tiny_model(SpaceEnv(BYTE_IMAGE), "CnnPolicy")
     of_floats = tiny_model(SpaceEnv(FLOAT_IMAGE), "CnnPolicy", policy_kwargs={"normalize_images": False})
     image = of_bytes.observation_space.sample()
-    np.testing.assert_allclose(of_bytes.predict(image)[0], of_floats.predict(image.astype(np.float32) / 255)[0], atol=1e-5)
+    action = of_floats.predict(image.astype(np.float32) / 255)[0]
+    np.testing.assert_allclose(of_bytes.predict(image)[0], action, atol=1e-5)
+    np.testing.assert_allclose(of_bytes.predict(image.astype(np.float32))[0], action, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", [BYTE_IMAGE, FLOAT_IMAGE, BYTES_AND_VECTOR], ids=["bytes", "floats", "Dict"])
+def test_images_embedded_a_few_at_a_time(space):
+    """As where all of a batch are embedded at once, gradients included; the last part may be smaller."""
+    is_dict = space is BYTES_AND_VECTOR
+    policy_class = MultiInputPolicy if is_dict else CnnPolicy
+    policy = make_policy(space, BOX, policy_class, normalize_images=space is not FLOAT_IMAGE, **TINY_POLICY)
+    encoder = policy.encoder.state
+    sizes = []
+    encoder.features_extractor.register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]["image"] if is_dict else args[0]))
+    )
+    n = 8 * th.get_num_threads()
+    space.seed(0)
+    samples = [space.sample() for _ in range(2 * n + 3)]
+    batch = {key: np.stack([sample[key] for sample in samples]) for key in space} if is_dict else np.stack(samples)
+    obs = policy.preprocess(policy.obs_to_tensor(batch)[0])
+    results = []
+    for at_once in (8, None):
+        encoder.images_at_once = at_once
+        encoder.zero_grad()
+        z_s = encoder(obs)
+        z_s.square().sum().backward()
+        results.append([z_s.detach(), *(p.grad for p in encoder.parameters())])
+    assert sizes == [n, n, 3, 2 * n + 3]
+    for parts, whole in zip(*results, strict=True):
+        assert whole.any()
+        th.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("policy_class", "space", "kwargs", "at_once"),
+    [
+        (CnnPolicy, BYTE_IMAGE, {}, 8),
+        (MultiInputPolicy, BYTES_AND_VECTOR, {}, 8),
+        (MultiInputPolicy, spaces.Dict(vector=VECTOR), {}, None),
+        (MlpPolicy, VECTOR, {}, None),
+        (CnnPolicy, BYTE_IMAGE, {"features_extractor_class": NatureCNN}, None),
+    ],
+)
+def test_what_is_embedded_a_few_at_a_time(policy_class, space, kwargs, at_once):
+    """An extractor of a user's own may treat a batch as one."""
+    policy = make_policy(space, BOX, policy_class, **TINY_POLICY, **kwargs)
+    assert policy.encoder.state.images_at_once == policy.encoder_target.state.images_at_once == at_once
 
 
 @pytest.mark.parametrize(

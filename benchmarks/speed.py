@@ -6,7 +6,8 @@ against that of SB3.
     python -m benchmarks.speed --out benchmarks/results/speed.json
     python -m benchmarks.speed --device cuda --train HalfCheetah-v5 ALE/Pong-v5
 
-The sizes are those of HalfCheetah: 17 observations, 6 actions, batch 256. Every ratio is of two figures of the same run.
+The sizes are those of HalfCheetah: 17 observations, 6 actions, batch 256; images are three of 84 x 84 in colour. Every ratio
+is of two figures of the same run.
 """
 
 import argparse
@@ -65,6 +66,15 @@ class NoiseEnv(gym.Env):
 
     def _observe(self) -> np.ndarray:
         return self.np_random.normal(size=OBSERVATIONS.shape).astype(np.float32)
+
+
+class ImageNoiseEnv(NoiseEnv):
+    """Images instead, those of the DeepMind Control suite."""
+
+    observation_space = spaces.Box(0, 255, (9, 84, 84), np.uint8)
+
+    def _observe(self) -> np.ndarray:
+        return self.np_random.integers(0, 256, self.observation_space.shape, dtype=np.uint8)
 
 
 def synchronize() -> None:
@@ -135,16 +145,27 @@ def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepS
     return fastest(update, seconds)
 
 
-def time_updates(device: str, seconds: float) -> dict[str, Any]:
+def time_updates(device: str, seconds: float, images: bool = False) -> dict[str, Any]:
     """
     :param device: cpu or cuda
     :param seconds: for how long to measure each figure
-    :return: milliseconds of the two updates in each precision and mode; what they are in parts of the time that their matrix
-        products alone take in that precision, and how much faster than the plain implementation. Modes are eager and compiled
-        on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their batches and set
-        priorities too.
+    :param images: whether observations are images, for which there is no plain implementation
+    :return: milliseconds of the two updates in each precision and mode; what they are in parts of the time that matrix
+        products of as many operations take in that precision, and how much faster than the plain implementation. Modes are
+        eager and compiled on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their
+        batches and set priorities too.
     """
-    model = MRQ("MlpPolicy", NoiseEnv(), learning_starts=500, seed=0, device=device, compile_updates=False)
+    policy, env = ("CnnPolicy", ImageNoiseEnv()) if images else ("MlpPolicy", NoiseEnv())
+    model = MRQ(
+        policy,
+        env,
+        buffer_size=1000,
+        learning_starts=500,
+        target_update_interval=5,
+        seed=0,
+        device=device,
+        compile_updates=False,
+    )
     model.learn(501, log_interval=None)  # type: ignore[arg-type]
     assert model.replay_buffer is not None
     subtrajectories = model.replay_buffer.sample(model.batch_size)
@@ -164,7 +185,9 @@ def time_updates(device: str, seconds: float) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:
             update()
         gflop[name] = counter.get_total_flops() / 1e9
-    figures: dict[str, Any] = {"gflop": gflop, "plain_ms": 1e3 * time_plain(model, subtrajectories, n_step, seconds)}
+    figures: dict[str, Any] = {"gflop": gflop}
+    if not images:
+        figures["plain_ms"] = 1e3 * time_plain(model, subtrajectories, n_step, seconds)
     modes = ("eager", "compiled") if device == "cpu" else ("eager", "captured", "compiled and captured")
     for precision in ("float32", "bfloat16") if device == "cpu" else ("float32", "tf32", "bfloat16"):
         th.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -194,8 +217,9 @@ def time_updates(device: str, seconds: float) -> dict[str, Any]:
                 "value_and_policy_ms": value,
                 "update_ms": encoder + value,
                 "floor_to_update": floor / (encoder + value),
-                "plain_to_update": figures["plain_ms"] / (encoder + value),
             }
+            if not images:
+                row[mode]["plain_to_update"] = figures["plain_ms"] / (encoder + value)
         figures[precision] = row
     return figures
 
@@ -321,18 +345,19 @@ def table(figures: dict[str, Any]) -> str:
     :param figures: all that was measured
     :return: what matters of it, in lines
     """
-    update = figures["update"]
     lines = [f"{'':44} {'this':>10} {'reference':>10} {'ratio':>7}"]
 
     def line(what: str, this: float, reference: float, unit: str) -> None:
         ratio = this / max(reference, 0.001)
         lines.append(f"{what:44} {this:7.1f} {unit} {reference:7.1f} {unit} {ratio:7.2f}")
 
-    for precision, row in update.items():
-        for mode, timed in row.items() if precision not in ("gflop", "plain_ms") else ():
-            if isinstance(timed, dict):
-                line(f"update, {precision}, {mode} / floor", timed["update_ms"], row["floor_ms"], "ms")
-                line("    / plain implementation", timed["update_ms"], update["plain_ms"], "ms")
+    for name, update in (("update", figures["update"]), ("update, images", figures["image_update"])):
+        for precision, row in update.items():
+            for mode, timed in row.items() if precision not in ("gflop", "plain_ms") else ():
+                if isinstance(timed, dict):
+                    line(f"{name}, {precision}, {mode} / floor", timed["update_ms"], row["floor_ms"], "ms")
+                    if "plain_ms" in update:
+                        line("    / plain implementation", timed["update_ms"], update["plain_ms"], "ms")
     for name, this, reference, unit in (
         ("sampling, large / small buffer", "large_ms", "small_ms", "ms"),
         ("memory / SB3's replay buffer", "mrq_mb", "sb3_mb", "MB"),
@@ -370,6 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
         "memory": measure_memory(args.large),
         "sampling": time_sampling(args.small, args.large),
         "update": time_updates(args.device, args.seconds),
+        "image_update": time_updates(args.device, args.seconds, images=True),
         "acting": time_acting(args.device, args.seconds),
         "loop": {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
         "training": {env_id: time_training(env_id, args.device, args.train_steps) for env_id in args.train},

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 
 from benchmarks import learning, memory, speed
 from benchmarks.plain import Plain
@@ -29,18 +30,26 @@ def test_speed(tmp_path, capsys, monkeypatch):
     # and so does training with the default intervals
     monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5))
     monkeypatch.setattr(speed, "TRAIN_WARM_UP", 2)
+    monkeypatch.setattr(speed.ImageNoiseEnv, "observation_space", spaces.Box(0, 255, (3, 36, 36), np.uint8))
     arguments = "--seconds 0.02 --large 4000 --small 2000 --train Pendulum-v1 --train-steps 5 --out"
     speed.main([*arguments.split(), str(out)])
     figures = json.loads(out.read_text())
     # Section 12 of the specification: 11.5 and 8 GFLOP
     assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5, rel=0.01)
     assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8, rel=0.01)
-    measured = {key: figures[key] for key in ("memory", "sampling", "update", "acting", "loop", "training")}
+    measured = {key: figures[key] for key in ("memory", "sampling", "update", "image_update", "acting", "loop", "training")}
     assert all(math.isfinite(x) for x in numbers(measured))
     del measured["memory"]  # of so small a buffer, the pages of a process come and go
     assert all(x > 0 for x in numbers(measured))
     table = capsys.readouterr().out
-    for text in ("update, bfloat16, compiled / floor", "sampling", "memory", "acting / TD3", "loop, 8 environments"):
+    for text in (
+        "update, bfloat16, compiled / floor",
+        "update, images, float32, eager",
+        "sampling",
+        "memory",
+        "acting / TD3",
+        "loop, 8 environments",
+    ):
         assert text in table
 
 

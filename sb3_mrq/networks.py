@@ -117,8 +117,8 @@ class StateEncoder(nn.Module):
     """
     f: a features extractor followed by one head, z_s = act(LN(Linear(extractor(s)))).
 
-    Where this runs eagerly on a CPU, large batches of images go through the extractor a few at a time: what is computed for
-    them then stays in the processor's cache, which takes a third of the time, and a fraction of the memory.
+    On a CPU, large batches of images go through the extractor a few at a time: what is computed for them then stays in the
+    processor's cache, which takes a third of the time, and a fraction of the memory.
 
     :param features_extractor: network from preprocessed observations to (B, features_dim)
     :param features_dim: size of the extractor's output
@@ -127,6 +127,9 @@ class StateEncoder(nn.Module):
     :param images_at_once: observations that the extractor takes at once for each thread on a CPU, all of a batch if None. The
         extractor must treat each on its own, as batch normalisation does not.
     """
+
+    # Where this is compiled, and each of them with it
+    COMPILED_PARTS = 8
 
     def __init__(
         self,
@@ -151,10 +154,14 @@ class StateEncoder(nn.Module):
         return self.head(features[0] if len(features) == 1 else th.cat(features))
 
     def _split(self, obs: Observation) -> list[Observation]:
-        device = self.head[0].weight.device
-        if self.images_at_once is None or device.type != "cpu" or th.compiler.is_compiling():
+        on_cpu = self.head[0].weight.device.type == "cpu"
+        if self.images_at_once is None or not on_cpu or th.jit.is_tracing() or th.compiler.is_exporting():
             return [obs]
-        n = self.images_at_once * th.get_num_threads()
+        if th.compiler.is_compiling():
+            batch_size = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+            n = math.ceil(batch_size / self.COMPILED_PARTS)
+        else:
+            n = self.images_at_once * th.get_num_threads()
         if not isinstance(obs, dict):
             return list(obs.split(n))
         parts = zip(*(value.split(n) for value in obs.values()), strict=True)

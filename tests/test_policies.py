@@ -327,12 +327,17 @@ def test_forward_is_the_scaled_action():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.parametrize("how", ["export", "trace"])
-def test_policy_can_be_exported(how):
-    """As Stable-Baselines3's documentation does it, for C++ and others."""
-    policy = tiny_model(SpaceEnv()).policy
-    obs = th.rand(1, VECTOR.shape[0])
-    exported = th.export.export(policy, (obs,)).module() if how == "export" else th.jit.trace(policy, obs)
-    th.testing.assert_close(exported(obs), policy(obs))
+@pytest.mark.parametrize("space", [VECTOR, BYTE_IMAGE], ids=["vector", "image"])
+def test_policy_can_be_exported(how, space):
+    """As Stable-Baselines3's documentation does it, for C++ and others. Batches may be larger than the one it is done with."""
+    policy = tiny_model(SpaceEnv(space), policy_for(space)).policy
+    space.seed(0)
+    obs = policy.obs_to_tensor(np.stack([space.sample() for _ in range(30)]))[0]
+    if how == "export":
+        exported = th.export.export(policy, (obs[:2],), dynamic_shapes={"observation": {0: th.export.Dim.AUTO}}).module()
+    else:
+        exported = th.jit.trace(policy, obs[:1])
+    th.testing.assert_close(exported(obs), policy(obs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(th.float64, 1e-12), (th.float32, 2e-7), (th.bfloat16, 1e-2)])

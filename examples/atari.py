@@ -1,5 +1,5 @@
 """
-Atari from pixels, with the paper's preprocessing. Meant for a GPU: a training step takes more than a second on a CPU.
+Atari from pixels, with the paper's preprocessing. Meant for a GPU: a training step takes about half a second on a CPU.
 
     python examples/atari.py
 """

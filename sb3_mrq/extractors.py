@@ -70,7 +70,7 @@ class CNNExtractor(BaseFeaturesExtractor):
 
     CHANNELS = 32
     STRIDES = (2, 2, 2, 1)
-    # See StateEncoder
+    # See StateEncoder; None for a subclass that does not treat each image on its own
     images_at_once: int | None = 8
 
     def __init__(self, observation_space: spaces.Space, activation_fn: type[nn.Module] = ELU, normalized_image: bool = False):
@@ -119,6 +119,8 @@ class MultiInputExtractor(BaseFeaturesExtractor):
     :raises ValueError: if the space is not a Dict, or an image is too small
     """
 
+    images_at_once = CNNExtractor.images_at_once
+
     def __init__(
         self,
         observation_space: spaces.Dict,
@@ -143,7 +145,8 @@ class MultiInputExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         # nn.ModuleDict refuses some names that are fine as keys of a space ("pop", or with a dot in it)
         self.image_keys = list(cnns)
-        self.images_at_once = CNNExtractor.images_at_once if cnns else None
+        if not cnns:
+            self.images_at_once = None
         self.cnns = nn.ModuleList(cnns.values())
         self.vector_keys = [key for key in observation_space.spaces if key not in cnns]
         self.mlp = layer_norm_mlp(vector_dim, list(net_arch), activation_fn) if vector_dim > 0 else None

@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_mrq.extractors import CNNExtractor, MultiInputExtractor
 from sb3_mrq.networks import ELU
 from sb3_mrq.policies import MRQPolicy
 
@@ -37,6 +38,16 @@ class NoisyExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations):
         return self.layers(observations)
+
+
+class WholeCNN(CNNExtractor):
+    """As it would be with batch normalisation."""
+
+    images_at_once = None
+
+
+class WholeMultiInput(MultiInputExtractor):
+    images_at_once = None
 
 
 def layer_sizes(network):
@@ -227,6 +238,8 @@ def test_images_embedded_a_few_at_a_time(space):
         (MultiInputPolicy, spaces.Dict(vector=VECTOR), {}, None),
         (MlpPolicy, VECTOR, {}, None),
         (CnnPolicy, BYTE_IMAGE, {"features_extractor_class": NatureCNN}, None),
+        (CnnPolicy, BYTE_IMAGE, {"features_extractor_class": WholeCNN}, None),
+        (MultiInputPolicy, BYTES_AND_VECTOR, {"features_extractor_class": WholeMultiInput}, None),
     ],
 )
 def test_what_is_embedded_a_few_at_a_time(policy_class, space, kwargs, at_once):

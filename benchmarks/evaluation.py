@@ -115,8 +115,8 @@ class EvaluationCallback(BaseCallback):
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        # What was trained between the last evaluation and the interruption is counted once, not twice
-        self.start -= float(rows[-1]["seconds"])
+        # As it was in the checkpoint
+        self.start -= self.model.training_seconds  # type: ignore[attr-defined]
 
     def _evaluate_if_due(self) -> bool:
         if self.num_timesteps < self.next_evaluation:
@@ -153,4 +153,6 @@ class EvaluationCallback(BaseCallback):
         return self.until is None or float(np.mean(returns)) < self.until
 
     def _on_step(self) -> bool:
+        # Saved with the model
+        self.model.training_seconds = time.monotonic() - self.start  # type: ignore[attr-defined]
         return self._evaluate_if_due()

@@ -60,7 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     variant = "" if args.precision == "float32" else f"-{args.precision}"
+    if args.matmul_precision != "highest":
+        variant += f"-{args.matmul_precision}"
     path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
+    if path.exists():
+        parser.error(f"{path} exists: move it away, or give another folder with --out.")
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     with path.open("w", newline="") as file:
         file.write(f"# command: python -m benchmarks.learning {command}\n")

@@ -151,7 +151,7 @@ def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     base, _, number = task.rpartition("-v")
     if task in sections:
         return None
-    for older in range(int(number) - 1, -1, -1):
+    for older in range(int(number) - 1, -1, -1) if number.isdigit() else ():
         if f"{base}-v{older}" in sections:
             return sections[f"{base}-v{older}"]
     return sections[ZOO_DEFAULTS] if task.startswith("dmc/") and ZOO_DEFAULTS in sections else None
@@ -206,7 +206,8 @@ def run_locally(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str | None]]:
         futures = {pool.submit(execute, run): run for run in runs}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                error = future.exception()
+                yield futures[future], future.result() if error is None else repr(error)
         except BaseException:
             # Ctrl-C: nothing new is started, and what is running ends, MRQ with a checkpoint
             pool.shutdown(wait=False, cancel_futures=True)

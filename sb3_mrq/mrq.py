@@ -9,6 +9,7 @@ import pathlib
 import threading
 import warnings
 from dataclasses import fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -277,11 +278,21 @@ class MRQ(OffPolicyAlgorithm):
             ("batch_size", 1),
             ("target_update_interval", 1),
             ("random_shift_pad", 0),
+            ("buffer_size", 1),
         ):
             value = getattr(self, name)
-            if value < least or value != int(value):
-                raise ValueError(f"{name} is {value}, but must be a whole number of at least {least}.")
-        for name in ("exploration_noise", "target_policy_noise", "target_noise_clip", "priority_alpha"):
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}.")
+        for name in (
+            "exploration_noise",
+            "target_policy_noise",
+            "target_noise_clip",
+            "priority_alpha",
+            "dynamics_loss_weight",
+            "reward_loss_weight",
+            "termination_loss_weight",
+            "pre_activation_weight",
+        ):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}, but must not be negative.")
@@ -294,7 +305,8 @@ class MRQ(OffPolicyAlgorithm):
             ("compile_updates", ("auto", True, False)),
         ):
             value = getattr(self, name)
-            if value not in choices:
+            # 1 is equal to True
+            if value not in choices or not isinstance(value, (str, bool)):
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma is {self.gamma}, but must be between 0 and 1.")

@@ -103,7 +103,7 @@ def layer_norm_mlp(input_dim: int, net_arch: list[int], activation_fn: type[nn.M
     return nn.Sequential(*layers)
 
 
-def normalize_images(obs: Observation) -> Observation:
+def images_to_floats(obs: Observation) -> Observation:
     """
     :param obs: observations, (B, ...) or a dict of these
     :return: the same, bytes from 0 to 255 as floats from 0 to 1
@@ -150,7 +150,7 @@ class StateEncoder(nn.Module):
         :param obs: preprocessed observations, (B, ...) or a dict of these; images may still be bytes
         :return: z_s, (B, Z)
         """
-        features = [self.features_extractor(normalize_images(part)) for part in self._split(obs)]
+        features = [self.features_extractor(images_to_floats(part)) for part in self._split(obs)]
         return self.head(features[0] if len(features) == 1 else th.cat(features))
 
     def _split(self, obs: Observation) -> list[Observation]:

@@ -2,6 +2,7 @@
 MR.Q's policies: the networks assembled for a pair of spaces, their optimisers, and acting.
 """
 
+import inspect
 from copy import deepcopy
 from typing import Any
 
@@ -152,7 +153,8 @@ class MRQPolicy(BasePolicy):
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
         Create the features extractor. MR.Q's own ones follow ``net_arch``, ``activation_fn`` and ``normalize_images`` unless
-        ``features_extractor_kwargs`` says otherwise.
+        ``features_extractor_kwargs`` says otherwise, and so do classes derived from them as far as their constructors take
+        these.
         """
         kwargs: dict[str, Any] = {}
         if issubclass(self.features_extractor_class, (MLPExtractor, CNNExtractor, MultiInputExtractor)):
@@ -161,6 +163,9 @@ class MRQPolicy(BasePolicy):
             kwargs["net_arch"] = self.net_arch["encoder"]
         if issubclass(self.features_extractor_class, (CNNExtractor, MultiInputExtractor)):
             kwargs["normalized_image"] = not self.normalize_images
+        taken = inspect.signature(self.features_extractor_class).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            kwargs = {name: value for name, value in kwargs.items() if name in taken}
         return self.features_extractor_class(self.observation_space, **(kwargs | self.features_extractor_kwargs))
 
     def make_encoder(self) -> Encoder:

@@ -50,6 +50,13 @@ class WholeMultiInput(MultiInputExtractor):
     images_at_once = None
 
 
+class SmallCNN(CNNExtractor):
+    """With a constructor of its own."""
+
+    def __init__(self, observation_space, normalized_image=False):
+        super().__init__(observation_space, normalized_image=normalized_image)
+
+
 def layer_sizes(network):
     return [(layer.in_features, layer.out_features) for layer in network.modules() if isinstance(layer, nn.Linear)]
 
@@ -69,6 +76,7 @@ def shapes(network):
         (FlattenExtractor, VECTOR, {}),
         (NatureCNN, IMAGE, {"features_dim": 32}),
         (CombinedExtractor, DICT, {"cnn_output_dim": 16}),
+        (SmallCNN, IMAGE, {}),
     ],
 )
 def test_features_extractor_class(extractor, space, kwargs):

@@ -20,6 +20,7 @@ from test_buffer import NumberEnv
 
 from benchmarks import report, study
 from benchmarks.evaluation import EvaluationCallback, RandomActions
+from sb3_mrq import MRQ
 
 TINY = ["--steps", "40", "--eval-freq", "20", "--eval-episodes", "1", "--seeds", "1"]
 
@@ -48,6 +49,7 @@ class TestStudy:
         cheetah = study.zoo_section("td3", "HalfCheetah-v5")
         assert cheetah["learning_starts"] == 10_000 and cheetah == study.zoo_section("td3", "dmc/walker-walk-v0")
         assert study.zoo_section("td3", "Humanoid-v5") != cheetah
+        assert study.zoo_section("td3", "OfOnesOwn") is None
 
     def test_from_beginning_to_end(self, tmp_path, capsys):
         arguments = ["--tasks", "Pendulum-v1", "--algos", "mrq-1-step,sac,dqn", *TINY, "--out", str(tmp_path)]
@@ -92,6 +94,17 @@ class TestStudy:
         assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
         assert not run.can_go_on()
+
+    def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
+        runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
+
+        def execute(run):
+            if run.algorithm == "sac":
+                raise OSError("No space left on device")
+
+        monkeypatch.setattr(study, "execute", execute)
+        failures = {run.algorithm: failure for run, failure in study.run_locally(runs, 1)}
+        assert failures == {"sac": "OSError('No space left on device')", "td3": None}
 
     def test_other_settings_are_other_runs(self, tmp_path):
         runs = [
@@ -182,6 +195,26 @@ def test_discrete_policies_are_evaluated_by_samples(tmp_path, monkeypatch):
     callback.on_training_start({}, {})
     assert seen and not any(seen)
     assert th.equal(th.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Nothing will be learned")
+def test_seconds_of_training_go_on(tmp_path):
+    """Those since the last evaluation too: they are saved with the model."""
+    path = tmp_path / "evaluations.csv"
+
+    def learn(model, steps, **kwargs):
+        env = DummyVecEnv([lambda: Monitor(SpaceEnv())])
+        model.learn(steps, callback=EvaluationCallback(env, path, 100, 1, "task"), **kwargs)
+
+    model = tiny_model(SpaceEnv(), learning_starts=1000)
+    learn(model, 90)
+    assert 0 < model.training_seconds < 60
+    model.training_seconds = 600.0
+    model.save(tmp_path / "model")
+    learn(MRQ.load(tmp_path / "model", env=SpaceEnv()), 20, reset_num_timesteps=False)
+    rows = list(csv.DictReader(path.open()))
+    assert [row["timesteps"] for row in rows] == ["0", "100"]
+    assert int(rows[0]["seconds"]) < 60 and 600 <= int(rows[1]["seconds"]) < 660
 
 
 def results(returns, steps=(0, 10, 20)):

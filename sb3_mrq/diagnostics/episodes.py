@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 from torch.nn import functional as F
 
 from sb3_mrq.mrq import MRQ
-from sb3_mrq.networks import normalize_images
+from sb3_mrq.networks import images_to_floats
 
 # Observations that are embedded at once
 _CHUNK = 128
@@ -194,7 +194,7 @@ def flatten_observations(model: MRQ, obs: th.Tensor | dict[str, th.Tensor]) -> t
     :param obs: preprocessed observations, (B, ...) or a dict of these
     :return: all values in a row, images averaged down to about a thousand values, (B, D)
     """
-    obs = normalize_images(obs)
+    obs = images_to_floats(obs)
     space = model.observation_space
     if isinstance(obs, dict):
         assert isinstance(space, spaces.Dict)

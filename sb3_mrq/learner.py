@@ -191,9 +191,9 @@ class UpdateHyperparameters:
     :param reward_loss_weight: weight of the reward term
     :param termination_loss_weight: weight of the termination term
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
-    :param precision: "bfloat16" where networks are to compute matrix products, and keep activations, in bfloat16 (values,
-        weights, losses, targets and optimisers are in float32 in any case); "tf32" where float32 matrix products may be
-        computed in TF32 if the device can (``torch.set_float32_matmul_precision("high")`` during updates)
+    :param precision: "bfloat16" where networks are to compute matrix products, and keep activations, in bfloat16 (values
+        and their targets, weights, losses and optimisers are in float32 in any case); "tf32" where float32 matrix products may
+        be computed in TF32 if the device can (``torch.set_float32_matmul_precision("high")`` during updates)
     """
 
     gamma: float

@@ -116,11 +116,13 @@ class MRQ(OffPolicyAlgorithm):
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
     :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
         networks that compute matrix products and keep activations in bfloat16, which pays on GPUs and on processors with AMX
-        or AVX512-BF16. Weights, losses, targets and optimisers are in float32 in any case. ``"auto"`` is float32.
+        or AVX512-BF16. Values and their targets, weights, losses and optimisers are in float32 in any case. ``"auto"`` is
+        float32.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes about half a minute when training
         starts. On a CUDA device whole training steps are captured as CUDA graphs besides, with a copy of the replay buffer on
         the device. ``"auto"`` compiles on a CPU where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the
         warm-up, in the main thread. Where compiling or capturing fails, training goes on without it, after a warning.
+        Counts when the model is made or loaded, not when it is changed later.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)

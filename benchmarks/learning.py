@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help="see MRQ")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    variant = "" if args.precision == "float32" else f"-{args.precision}"
+    if args.matmul_precision != "highest":
+        variant += f"-{args.matmul_precision}"
+    path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
+    if path.exists():
+        parser.error(f"{path} exists: move it away, or give another folder with --out.")
     if args.threads:
         th.set_num_threads(args.threads)
     th.set_float32_matmul_precision(args.matmul_precision)
@@ -58,13 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
     eval_env = make_vec_env(lambda: make_env(args.task), seed=args.seed + 1000)
     model = MRQ("MlpPolicy", env, seed=args.seed, precision=args.precision)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    variant = "" if args.precision == "float32" else f"-{args.precision}"
-    if args.matmul_precision != "highest":
-        variant += f"-{args.matmul_precision}"
-    path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
-    if path.exists():
-        parser.error(f"{path} exists: move it away, or give another folder with --out.")
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     with path.open("w", newline="") as file:
         file.write(f"# command: python -m benchmarks.learning {command}\n")

@@ -218,7 +218,7 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
                 "update_ms": encoder + value,
                 "floor_to_update": floor / (encoder + value),
             }
-            if not images:
+            if "plain_ms" in figures:
                 row[mode]["plain_to_update"] = figures["plain_ms"] / (encoder + value)
         figures[precision] = row
     return figures

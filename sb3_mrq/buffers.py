@@ -4,6 +4,7 @@ The replay buffer of MR.Q: sub-trajectories of several environments, sampled by 
 
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.checks import LARGEST_REWARD, BadValueError, ObservationChecks, check_range, check_type, subspaces_of
 from sb3_mrq.frames import ObservationStorage
+from sb3_mrq.observations import map_observation, unbind_time
 from sb3_mrq.priorities import PriorityTree
 
 if TYPE_CHECKING:
@@ -615,9 +617,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """(...) places to (..., *obs) tensors."""
         values: dict[Any, np.ndarray] = {key: s.gather(places, self._ages) for key, s in self._storages.items()}
         obs = self._normalize_obs(values if isinstance(self.observation_space, spaces.Dict) else values[None], env)
-        if isinstance(obs, dict):
-            return {key: self.to_torch(value, copy=False) for key, value in obs.items()}
-        return self.to_torch(obs, copy=False)
+        return map_observation(partial(self.to_torch, copy=False), obs)
 
     def _masked(
         self, places: np.ndarray, mask: np.ndarray, env: VecNormalize | None
@@ -653,9 +653,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """
         places, transitions, mask = self._follow(indices, self.n_steps)
         # Both observations at once: (B, 2) places
-        both = self._observations(places[:, [0, -1]], env)
-        first: Any = {key: value[:, 0] for key, value in both.items()} if isinstance(both, dict) else both[:, 0]
-        last: Any = {key: value[:, 1] for key, value in both.items()} if isinstance(both, dict) else both[:, 1]
+        first, last = unbind_time(self._observations(places[:, [0, -1]], env))
         rewards, terminated, mask_ = self._masked(transitions, mask, env)
         return NStepSamples(
             first, self.to_torch(self.actions.take(indices, axis=0), copy=False), rewards, terminated, mask_, last, indices

@@ -19,7 +19,8 @@ from torch.func import functional_call
 
 from sb3_mrq import losses
 from sb3_mrq.action_spaces import BoxActions, CategoricalActions
-from sb3_mrq.networks import Actor, Critic, Encoder, Observation
+from sb3_mrq.networks import Actor, Critic, Encoder
+from sb3_mrq.observations import Observation
 
 
 class EncoderMetrics(NamedTuple):

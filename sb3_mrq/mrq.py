@@ -39,29 +39,18 @@ from sb3_mrq.learner import (
     EncoderMetrics,
     Learner,
     MetricMeans,
-    Observation,
     Scalars,
     UpdateHyperparameters,
     ValuePolicyMetrics,
     grad_norm,
 )
 from sb3_mrq.networks import Actor, Critic, Encoder
+from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
 
 if TYPE_CHECKING:
     from sb3_mrq.callbacks import StopSignals
-
-
-def unbind_time(obs: Observation) -> list[Observation]:
-    """
-    :param obs: (B, T, ...) or a dict of these
-    :return: T observations (B, ...) or dicts of these
-    """
-    if isinstance(obs, dict):
-        steps = zip(*(value.unbind(1) for value in obs.values()), strict=True)
-        return [dict(zip(obs, step, strict=True)) for step in steps]
-    return list(obs.unbind(1))
 
 
 SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
@@ -635,11 +624,7 @@ class MRQ(OffPolicyAlgorithm):
         :return: as the encoder takes them, images randomly shifted
         """
         if self.random_shift_pad > 0:
-            if isinstance(obs, dict):
-                assert isinstance(self.observation_space, spaces.Dict)
-                obs = {key: self._augment(value, self.observation_space[key]) for key, value in obs.items()}
-            else:
-                obs = self._augment(obs, self.observation_space)
+            obs = map_observation(self._augment, obs, self.observation_space)
         return self.policy.preprocess(obs)
 
     def _augment(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:

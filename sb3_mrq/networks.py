@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_mrq.losses import reward_bins
-
-Observation = th.Tensor | dict[str, th.Tensor]
+from sb3_mrq.observations import Observation, images_to_floats, split_observation
 
 
 def init_weights(module: nn.Module) -> None:
@@ -103,16 +102,6 @@ def layer_norm_mlp(input_dim: int, net_arch: list[int], activation_fn: type[nn.M
     return nn.Sequential(*layers)
 
 
-def images_to_floats(obs: Observation) -> Observation:
-    """
-    :param obs: observations, (B, ...) or a dict of these
-    :return: the same, bytes from 0 to 255 as floats from 0 to 1
-    """
-    if isinstance(obs, dict):
-        return {key: value.float().div_(255) if value.dtype == th.uint8 else value for key, value in obs.items()}
-    return obs.float().div_(255) if obs.dtype == th.uint8 else obs
-
-
 class StateEncoder(nn.Module):
     """
     f: a features extractor followed by one head, z_s = act(LN(Linear(extractor(s)))).
@@ -162,10 +151,7 @@ class StateEncoder(nn.Module):
             n = math.ceil(batch_size / self.COMPILED_PARTS)
         else:
             n = self.images_at_once * th.get_num_threads()
-        if not isinstance(obs, dict):
-            return list(obs.split(n))
-        parts = zip(*(value.split(n) for value in obs.values()), strict=True)
-        return [dict(zip(obs, part, strict=True)) for part in parts]
+        return split_observation(obs, n)
 
 
 class StateActionEncoder(nn.Module):

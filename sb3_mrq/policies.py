@@ -18,6 +18,7 @@ from torch import nn
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
 from sb3_mrq.networks import ELU, Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
+from sb3_mrq.observations import map_observation
 
 DEFAULT_NET_ARCH = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
 
@@ -229,10 +230,7 @@ class MRQPolicy(BasePolicy):
         :return: what the state encoder takes: floats, discrete observations one-hot, images of bytes as they are, which it
             divides by 255
         """
-        if isinstance(obs, dict):
-            assert isinstance(self.observation_space, spaces.Dict)
-            return {key: self._preprocess(value, self.observation_space[key]) for key, value in obs.items()}
-        return self._preprocess(obs, self.observation_space)
+        return map_observation(self._preprocess, obs, self.observation_space)
 
     def _preprocess(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
         if obs.dtype == th.uint8 and self.normalize_images and is_image_space(space):

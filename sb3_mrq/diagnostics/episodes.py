@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 from torch.nn import functional as F
 
 from sb3_mrq.mrq import MRQ
-from sb3_mrq.networks import images_to_floats
+from sb3_mrq.observations import images_to_floats, map_observation
 
 # Observations that are embedded at once
 _CHUNK = 128
@@ -253,7 +253,7 @@ def play(
 
     def at(obs: Any, i: int) -> Any:
         # Environments may write the next observation into the same memory
-        return {key: np.copy(value[i]) for key, value in obs.items()} if isinstance(obs, dict) else np.copy(obs[i])
+        return map_observation(lambda value: np.copy(value[i]), obs)
 
     with _normalization_of_training(model, env) as normalization:
         if seed is not None:

@@ -1,0 +1,57 @@
+"""
+Observations are arrays or tensors, or dicts of these for Dict spaces: what is done to every part, whichever they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+
+Observation = th.Tensor | dict[str, th.Tensor]
+
+
+def map_observation(function: Callable[..., Any], obs: Any, *others: Any) -> Any:
+    """
+    :param function: of a part of the observations, and of the same part of each of the others
+    :param obs: observations, or a dict of these
+    :param others: what goes with them, with the same keys: a space, say
+    :return: what the function makes of the observations, or a dict of what it makes of each
+    """
+    if isinstance(obs, dict):
+        return {key: function(value, *(other[key] for other in others)) for key, value in obs.items()}
+    return function(obs, *others)
+
+
+def images_to_floats(obs: Observation) -> Observation:
+    """
+    :param obs: observations, (B, ...) or a dict of these
+    :return: the same, bytes from 0 to 255 as floats from 0 to 1
+    """
+    return map_observation(lambda value: value.float().div_(255) if value.dtype == th.uint8 else value, obs)
+
+
+def split_observation(obs: Observation, size: int) -> list[Observation]:
+    """
+    :param obs: (B, ...) or a dict of these
+    :param size: of the parts along the first axis, of which the last may be smaller
+    :return: the parts, as views
+    """
+    return _transpose(map_observation(lambda value: value.split(size), obs))
+
+
+def unbind_time(obs: Observation) -> list[Observation]:
+    """
+    :param obs: (B, T, ...) or a dict of these
+    :return: T observations (B, ...) or dicts of these
+    """
+    return _transpose(map_observation(lambda value: value.unbind(1), obs))
+
+
+def _transpose(parts: Any) -> list[Observation]:
+    """
+    :param parts: a sequence of tensors, or a dict of sequences of one length
+    :return: list of tensors, or of dicts
+    """
+    if isinstance(parts, dict):
+        return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+    return list(parts)

@@ -165,6 +165,8 @@ class DeviceReplay:
         :param indices: ``indices`` of a sample, since which nothing was added, (B,)
         :param priorities: positive, (B,)
         """
+        # Where training has diverged draws must still be places, until that is told
+        priorities = priorities.nan_to_num(nan=1.0)
         self.priorities.set(indices, priorities)
         th.maximum(self.max_priority, priorities.amax().to(self.max_priority.dtype), out=self.max_priority)
 

@@ -75,7 +75,7 @@ class DeviceTraining:
 
     def _places(self, *names: str) -> list[Any]:
         """Hyperparameters, places of weights and targets of networks and of the state of optimisers, and settings of these."""
-        places: list[Any] = [self.model.learner.hyperparameters]
+        places: list[Any] = [self.model.learner.hyperparameters, self.model.random_shift_pad]
         for name in names:
             places += self._weight_places(name)
             optimizer = getattr(self.model, name).optimizer

@@ -3,6 +3,7 @@ Functions recorded once as CUDA graphs and replayed, so that the host has nothin
 """
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -113,6 +114,8 @@ class Graph:
         :param function: as in the constructor
         :return: what replays it, and its outputs
         """
+        # Graphs and memory that are no longer used must not be given back while another is captured
+        gc.collect()
         graph = th.cuda.CUDAGraph()
         stream = side_stream(th.device("cuda", th.cuda.current_device()))
         before = th.cuda.current_stream()

@@ -139,7 +139,7 @@ class CompiledFunction:
     C++ compiler, say, or because a user's network cannot be compiled.
 
     :param function: from tensors to tensors
-    :param give_up: called with the error where it fails
+    :param give_up: called with the error where it fails; like the function it may be a method of what is copied with this
     """
 
     def __init__(self, function: Callable[..., Any], give_up: Callable[[Exception], None]):
@@ -151,6 +151,10 @@ class CompiledFunction:
         if self.compiled is None:
             self.compiled = self._compile(args)
         return self.compiled(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled works on the networks of the original, also in a copy
+        return self.__dict__ | {"compiled": None}
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         try:
@@ -251,22 +255,22 @@ class Learner:
         :param compiled: whether to compile them, which takes a while when they are next needed
         """
 
-        def give_up(error: Exception) -> None:
-            self.compile(False)
-            warnings.warn(
-                f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "
-                f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",
-                stacklevel=2,
-            )
-
         def choose(function: Callable[..., Any]) -> Callable[..., Any]:
-            return CompiledFunction(function, give_up) if compiled else function
+            return CompiledFunction(function, self._give_up_compiling) if compiled else function
 
         self.compiled = compiled
         self._encoder_loss = choose(self.encoder_loss)
         self._value_target = choose(self.value_target)
         self._value_loss = choose(self.value_loss)
         self._policy_loss = choose(self.policy_loss)
+
+    def _give_up_compiling(self, error: Exception) -> None:
+        self.compile(False)
+        warnings.warn(
+            f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "
+            f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
 
     def _autocast(self) -> th.autocast:
         device = self.encoder.predictor.bins.device

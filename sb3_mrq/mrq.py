@@ -488,7 +488,10 @@ class MRQ(OffPolicyAlgorithm):
         :raises ValueError: if it is a buffer for other environments; the present buffer stays then
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
-        self.replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
+        replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
+        # Two copies on the device may be more than it has room for
+        self.replay_buffer.drop_mirror()
+        self.replay_buffer = replay_buffer
 
     def _store_transition(
         self,
@@ -710,7 +713,8 @@ class MRQ(OffPolicyAlgorithm):
         if self.device.type == "cuda":
             # Graphs and what they belong to refer to each other
             gc.collect()
-            th.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):
+                th.cuda.empty_cache()
 
     def _train_encoder(self, batch_size: int) -> None:
         """

@@ -225,6 +225,21 @@ def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
     np.testing.assert_allclose(buffer.sampling_probabilities()[1], twin.sampling_probabilities()[1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_priorities_that_are_not_numbers(device):
+    """Where training has diverged, draws are still places that hold a transition, until that is told."""
+    buffer = SubtrajectoryReplayBuffer(60, VECTOR, BOX, device="cpu")
+    episodes = Episodes(VECTOR, 1, True, seed=0)
+    for _ in range(20):
+        buffer.add(*episodes.step())
+    mirror = buffer.mirror(th.device(device))
+    indices, _ = buffer.sampling_probabilities()
+    drawn = mirror.sample_n_step(8).indices
+    mirror.update_priorities(drawn, th.full((8,), th.nan, device=device))
+    assert np.isin(host(mirror.sample_n_step(200).indices), indices).all()
+    assert np.isfinite(buffer.max_priority)
+
+
 def test_new_copy_where_the_buffer_begins_anew():
     buffer = SubtrajectoryReplayBuffer(60, VECTOR, BOX, device="cpu")
     episodes = Episodes(VECTOR, 1, True, seed=0)
@@ -295,6 +310,19 @@ class TestGraph:
             for _ in range(10):
                 graph()
         assert float(total) == 2**Graph.WARM_UP - 1
+
+
+@needs_gpu
+def test_capture_that_fails_leaves_the_device_as_it_was():
+    total = th.zeros((), device="cuda")
+    with pytest.raises(RuntimeError):
+        Graph.capture(lambda: total.add_(1).item())
+    assert th.rand(3, device="cuda").isfinite().all()
+    th.cuda.empty_cache()
+    replay, _ = Graph.capture(lambda: total.add_(1))
+    replay()
+    assert float(total) == 1
+    th.cuda.empty_cache()
 
 
 def test_waits_are_noted(monkeypatch):
@@ -422,7 +450,9 @@ class TestTraining:
 
     def test_host_and_device_agree(self, device, monkeypatch):
         """The same draws given, training from the host's buffer gives the same weights."""
-        models = [self.make(device), self.make(device, compile_updates=False)]
+        # A GPU may keep any of the new priorities of a transition that was drawn twice: there, they are all the same
+        settings = dict(min_td_error=100.0) if device == "cuda" else {}
+        models = [self.make(device, **settings), self.make(device, compile_updates=False, **settings)]
         buffer = models[1].replay_buffer
 
         def draw(batch_size):
@@ -468,12 +498,14 @@ class TestTraining:
         self.assert_same(*models)
 
     @pytest.mark.parametrize(
-        "change", ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "gamma", "buffer"]
+        "change",
+        ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "gamma", "random_shift_pad", "buffer"],
     )
     def test_changes_from_outside(self, device, change, tmp_path):
         """A graph goes on with what was set, not with what it was captured with."""
-        models = [make(device) for make in (self.make, self.uncaptured)]
-        other = self.make(device, seed=5, compile_updates=False)
+        space = IMAGE if change == "random_shift_pad" else VECTOR
+        models = [make(device, space) for make in (self.make, self.uncaptured)]
+        other = self.make(device, space, seed=5, compile_updates=False)
         other.learn(40)
         parameters = other.get_parameters()
         other.save_replay_buffer(tmp_path / "buffer")
@@ -491,15 +523,17 @@ class TestTraining:
                 model.exploration_noise = 0.0
             elif change == "gamma":
                 model.gamma = 0.5
+            elif change == "random_shift_pad":
+                model.random_shift_pad = 0
             else:
                 model.load_replay_buffer(tmp_path / "buffer")
             th.manual_seed(2)
             np.random.seed(2)
             model.action_space.seed(2)
             model.learn(40, reset_num_timesteps=False)
-        expected = {"set_parameters": 5, "optimizer": 4, "learning_rate": 3, "exploration_noise": 3, "gamma": 5, "buffer": 5}
+        again = {"learning_rate": 0, "exploration_noise": 0, "optimizer": 1}
         self.assert_same(*models)
-        assert len(self.captures) == expected[change], self.captures
+        assert len(self.captures) == 3 + again.get(change, 2), self.captures
 
     def test_losses_are_logged(self, device):
         logs = []
@@ -613,7 +647,9 @@ class TestTraining:
             thread.join()
         assert model._n_updates == 20 and model._device_training is None
 
-    def test_deterministic_algorithms(self, device):
+    def test_deterministic_algorithms(self, device, monkeypatch):
+        # Some versions of torch ask for it
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         th.use_deterministic_algorithms(True)
         try:
             self.fails_once(self.make(device), "use_deterministic_algorithms")

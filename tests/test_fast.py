@@ -8,6 +8,7 @@ import sysconfig
 import threading
 import warnings
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -187,6 +188,21 @@ def test_weights_set_from_outside(precision):
     train(*fast, 20)
     train(*other, 20)
     assert distance(policy, copy, start) < (0.3 if precision == "bfloat16" else 1e-4)
+
+
+def test_copies_train_themselves(monkeypatch):
+    """What is compiled for a model must not work on the networks of the model that it was copied from."""
+    monkeypatch.setattr(th, "compile", partial(th.compile, backend="eager"))
+    compiled, plain = make("box", compiled=True), make("box")
+    train(*compiled, 3)
+    train(*plain, 3)
+    before = weights(compiled[0])
+    copies = deepcopy(compiled), deepcopy(plain)
+    for copy in copies:
+        train(*copy, 3)
+        assert copy[1].compiled == (copy is copies[0])
+    assert distance(copies[0][0], copies[1][0], before) < 1e-4
+    assert th.equal(weights(compiled[0]), before)
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_ima
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_mrq.networks import ELU, init_weights, layer_norm_mlp
+from sb3_mrq.networks import ELU, init_weights, layer_norm_mlp, make_activation
 
 
 def check_observation_space(space: spaces.Space) -> None:
@@ -94,7 +94,7 @@ class CNNExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, self.CHANNELS * size[0] * size[1])
         layers: list[nn.Module] = []
         for stride in self.STRIDES:
-            layers += [nn.Conv2d(channels, self.CHANNELS, kernel_size=3, stride=stride), activation_fn()]
+            layers += [nn.Conv2d(channels, self.CHANNELS, kernel_size=3, stride=stride), make_activation(activation_fn)]
             channels = self.CHANNELS
         # Channels last in memory: on a CPU the convolutions take a little more than half the time
         self.layers = nn.Sequential(*layers, nn.Flatten()).to(memory_format=th.channels_last)  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ compiled, and run under autocast where the matrix products are to be in bfloat16
 them: autocast keeps the bfloat16 copy of a weight for as long as its region lasts, also when the weight has changed.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,15 @@ def grad_norm(module: nn.Module) -> th.Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
+def step(optimizer: th.optim.Optimizer) -> None:
+    """
+    :param optimizer: makes a step
+    """
+    optimizer.step()
+    # Under a user's own autocast the bfloat16 copies of the weights would outlive it
+    th.clear_autocast_cache()
+
+
 def with_fixed_weights(module: nn.Module, *args: th.Tensor) -> th.Tensor:
     """
     :param module: a network
@@ -140,17 +150,42 @@ class CompiledFunction:
 
     :param function: from tensors to tensors
     :param give_up: called with the error where it fails; like the function it may be a method of what is copied with this
+    :param trial: context in which it is called for the first time, only to see whether it works
     """
 
-    def __init__(self, function: Callable[..., Any], give_up: Callable[[Exception], None]):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        give_up: Callable[[Exception], None],
+        trial: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
         self.function = function
         self.give_up = give_up
+        self.trial = trial
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.compiled is None:
-            self.compiled = self._compile(args)
-        return self.compiled(*args)
+        with self._settings():
+            if self.compiled is None:
+                with self.trial():
+                    self.compiled = self._compile(args)
+            try:
+                return self.compiled(*args)
+            except Exception as error:
+                # Compiled anew for what has changed, perhaps; an error of a user's network comes again
+                outputs = self.function(*args)
+                self.give_up(error)
+                return outputs
+
+    @staticmethod
+    def _settings() -> contextlib.AbstractContextManager:
+        # Takes a second, and many never compile
+        from torch._dynamo import config
+
+        # Models of a kind share what is compiled. Hooks on networks count, also those that were added later, or to another one
+        # of the models. There is a variant for every kind and for every value of what counts as a constant; beyond the limit
+        # torch would run them uncompiled without saying so.
+        return config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64, fail_on_recompile_limit_hit=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled works on the networks of the original, also in a copy
@@ -256,13 +291,25 @@ class Learner:
         """
 
         def choose(function: Callable[..., Any]) -> Callable[..., Any]:
-            return CompiledFunction(function, self._give_up_compiling) if compiled else function
+            return CompiledFunction(function, self._give_up_compiling, self._unchanged) if compiled else function
 
         self.compiled = compiled
         self._encoder_loss = choose(self.encoder_loss)
         self._value_target = choose(self.value_target)
         self._value_loss = choose(self.value_loss)
         self._policy_loss = choose(self.policy_loss)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """What is called in this context changes neither buffers of networks, such as running means, nor random generators."""
+        device = self.encoder.predictor.bins.device
+        buffers = [buffer for online, target in self._pairs for network in (online, target) for buffer in network.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        with th.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        with th.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def _give_up_compiling(self, error: Exception) -> None:
         self.compile(False)
@@ -298,15 +345,17 @@ class Learner:
         like = self.encoder.predictor.bins.new_empty((batch_size, self.actions.dim))
         return Noise(th.randn_like(like), self.actions.sample_gumbel(like), self.actions.sample_gumbel(like))
 
+    @property
+    def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Online networks and their targets."""
+        return (self.encoder, self.encoder_target), (self.critic, self.critic_target), (self.actor, self.actor_target)
+
     @th.no_grad()
     def replace_targets(self) -> None:
         """Copy all online networks to their targets, parameters and buffers."""
-        for online, target in (
-            (self.encoder, self.encoder_target),
-            (self.critic, self.critic_target),
-            (self.actor, self.actor_target),
-        ):
-            for source, copy in zip(online.state_dict().values(), target.state_dict().values(), strict=True):
+        for online, target in self._pairs:
+            sources, copies = ([*network.parameters(), *network.buffers()] for network in (online, target))
+            for source, copy in zip(sources, copies, strict=True):
                 copy.copy_(source)
 
     def encoder_loss(
@@ -367,8 +416,9 @@ class Learner:
         with self._matmul_precision():
             loss = self._encoder_loss(first_obs, next_obs, actions, rewards, terminated, mask, termination_switch)
             self.encoder.optimizer.zero_grad()
-            loss.total.backward()
-        self.encoder.optimizer.step()
+            if loss.total.requires_grad:  # unless all of it was frozen
+                loss.total.backward()
+        step(self.encoder.optimizer)
         return EncoderMetrics(*(term.detach() for term in loss))
 
     @th.no_grad()
@@ -464,13 +514,13 @@ class Learner:
             self.critic.optimizer.zero_grad()
             critic_loss.backward()
             critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.hyperparameters.max_grad_norm)
-            self.critic.optimizer.step()
+            step(self.critic.optimizer)
 
             # Policy step, through g and Q but for the weights of pi alone
             actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
             self.actor.optimizer.zero_grad()
             actor_loss.backward()
-            self.actor.optimizer.step()
+            step(self.actor.optimizer)
 
         priorities = losses.td_priority(q, target, self.hyperparameters.priority_alpha, self.hyperparameters.min_td_error)
         metrics = ValuePolicyMetrics(

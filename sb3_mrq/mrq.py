@@ -813,8 +813,8 @@ class MRQ(OffPolicyAlgorithm):
         :return: whether there were any
         """
         means = metrics.take()
-        if self._device_training is not None and not np.isfinite(list(means.values())).all():
-            # On the host the replay buffer refuses the priorities
+        # Priorities that are not numbers are refused by the replay buffer on the host, but not where all are the same
+        if np.isnan(list(means.values())).any():
             raise ValueError(f"Training has diverged: {means}.")
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)

@@ -4,6 +4,7 @@ MR.Q's policies: the networks assembled for a pair of spaces, their optimisers, 
 
 import inspect
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def complete_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> dict
     :param net_arch: hidden layers for ``encoder``, ``qf`` and ``pi``, those left out are the defaults;
         a list means ``qf`` and ``pi``, as in TD3
     :return: hidden layers for all three
-    :raises ValueError: for other keys, sizes below 1, or an encoder without hidden layers
+    :raises ValueError: for other keys, sizes below 2, or an encoder without hidden layers
     """
     if isinstance(net_arch, (list, tuple)):
         net_arch = {"qf": list(net_arch), "pi": list(net_arch)}
@@ -37,9 +38,10 @@ def complete_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> dict
         raise ValueError(f"net_arch takes the keys {', '.join(DEFAULT_NET_ARCH)}, not {', '.join(sorted(unknown))}.")
     complete = {key: list(sizes) for key, sizes in (DEFAULT_NET_ARCH | (net_arch or {})).items()}
     for key, sizes in complete.items():
-        if any(size < 1 for size in sizes) or (key == "encoder" and not sizes):
+        # The layer norm of a single unit is zero
+        if any(size < 2 for size in sizes) or (key == "encoder" and not sizes):
             raise ValueError(
-                f"net_arch[{key!r}] is {sizes}: every layer needs at least one unit, the encoder at least one layer."
+                f"net_arch[{key!r}] is {sizes}: every layer needs at least two units, the encoder at least one layer."
             )
     return complete
 
@@ -114,7 +116,7 @@ class MRQPolicy(BasePolicy):
         )
         for name, value, least in (
             ("n_critics", n_critics, 1),
-            ("z_s_dim", z_s_dim, 1),
+            ("z_s_dim", z_s_dim, 2),
             ("z_a_dim", z_a_dim, 1),
             ("z_sa_dim", z_sa_dim, 1),
             ("n_reward_bins", n_reward_bins, 2),
@@ -187,11 +189,15 @@ class MRQPolicy(BasePolicy):
         :param learning_rate: at the start
         :return: the optimiser
         """
+        optimizer_class: Any = self.optimizer_class
         kwargs = dict(self.optimizer_kwargs)
-        if issubclass(self.optimizer_class, th.optim.AdamW):
+        if isinstance(optimizer_class, partial):
+            optimizer_class, kwargs = optimizer_class.func, optimizer_class.keywords | kwargs
+        if issubclass(optimizer_class, th.optim.AdamW):
             kwargs.setdefault("weight_decay", 1e-4)
+        if optimizer_class is th.optim.AdamW:
             kwargs.setdefault("fused", not {"foreach", "capturable", "differentiable"} & kwargs.keys())
-        return self.optimizer_class(network.parameters(), lr=learning_rate, **kwargs)  # type: ignore[call-arg]
+        return optimizer_class(network.parameters(), lr=learning_rate, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -333,11 +339,12 @@ class MRQPolicy(BasePolicy):
         """
         online = (self.encoder, self.critic, self.actor)
         # To visit every module for each action would take as long as to compute it
-        if all(module.training == mode for module in (self, *online)):
+        targets = (self.encoder_target, self.critic_target, self.actor_target)
+        if all(module.training == mode for module in (self, *online)) and not any(target.training for target in targets):
             return
         for network in online:
             network.train(mode)
-        for target in (self.encoder_target, self.critic_target, self.actor_target):
+        for target in targets:
             target.train(False)
         self.training = mode
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import safetensors.torch
+import torch as th
 from safetensors import SafetensorError, safe_open
 
 from sb3_mrq.files import atomic_file
@@ -28,7 +29,10 @@ def save_weights(model: MRQ, path: str | Path) -> None:
     :param path: the file, to which ``.safetensors`` is added where it has no suffix. At any moment it is what was there
         before, or complete.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.policy.state_dict().items()}
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=th.contiguous_format)
+        for name, value in model.policy.state_dict().items()
+    }
     metadata = {
         "format": FORMAT,
         "observation_space": json.dumps(describe_space(model.observation_space)),

@@ -186,6 +186,8 @@ def test_action_noise_is_for_box_actions(action_space):
         ({"net_arch": {"encoder": [16], "vf": [16]}}, "encoder, qf, pi, not vf"),
         ({"net_arch": {"encoder": []}}, "encoder"),
         ({"net_arch": {"pi": [16, 0]}}, "pi"),
+        ({"net_arch": {"qf": [1]}}, "qf.*at least two units"),
+        ({"z_s_dim": 1}, "z_s_dim is 1, but must be at least 2"),
         ({"n_critics": 0}, "n_critics is 0"),
     ],
 )

@@ -8,6 +8,7 @@ import sysconfig
 import threading
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+import torch._dynamo
 from gymnasium import spaces
 from helpers import NETWORKS, make_learner, make_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -190,9 +193,106 @@ def test_weights_set_from_outside(precision):
     assert distance(policy, copy, start) < (0.3 if precision == "bfloat16" else 1e-4)
 
 
-def test_copies_train_themselves(monkeypatch):
-    """What is compiled for a model must not work on the networks of the model that it was copied from."""
+@pytest.fixture
+def traced(monkeypatch):
+    """Functions are traced and guarded as ever, but not translated, which takes long and needs a compiler."""
     monkeypatch.setattr(th, "compile", partial(th.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("hooked_first", [False, True])
+def test_hooks_count(hooked_first):
+    """Also those that come after a model of the same kind, or the model itself, was compiled."""
+    other, (policy, learner), (expected, eager) = make("box", compiled=True), make("box", compiled=True), make("box")
+    start = weights(policy)
+    if hooked_first:
+        train(*other, 1)
+    else:
+        train(policy, learner, 1)
+        train(expected, eager, 1)
+    for each in (policy, expected):
+        each.encoder.state.register_forward_hook(lambda module, args, output: output * 0.5)
+    train(policy, learner, 2)
+    train(expected, eager, 2)
+    assert distance(policy, expected, start) < 1e-4
+
+
+@pytest.mark.usefixtures("traced")
+def test_many_models_compiled():
+    for k in range(10):
+        th.manual_seed(0)
+        policy = make_policy(spaces.Box(-1, 1, (OBS_DIM,)), ACTION_SPACES["box"], **SIZES | {"z_s_dim": 20 + k})
+        train(policy, make_learner(policy, compiled=True), 1)
+        # The loss of values does not depend on this size
+        assert counters["stats"]["unique_graphs"] == 4 + 3 * k
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiling_anew_fails(monkeypatch):
+    """Where a hyperparameter has changed and the compiler is gone, say: training goes on without it."""
+    (policy, learner), (expected, eager) = make("box", compiled=True), make("box")
+    start = weights(policy)
+    train(policy, learner, 1)
+    train(expected, eager, 1)
+    assert learner.compiled
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch._dynamo.convert_frame, "_compile", fail)
+    for each in (learner, eager):
+        each.hyperparameters = replace(each.hyperparameters, gamma=0.5)
+    with pytest.warns(UserWarning, match="could not be compiled.*no space left on device"):
+        train(policy, learner, 2)
+    train(expected, eager, 2)
+    assert not learner.compiled
+    assert distance(policy, expected, start) < 1e-4
+
+
+class RandomExtractor(BaseFeaturesExtractor):
+    """Draws random numbers, and changes its buffers."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 8)
+        self.layers = nn.Sequential(nn.Linear(OBS_DIM, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+
+    def forward(self, observations):
+        return self.layers(observations)
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiling_leaves_no_trace():
+    """Neither in buffers nor in the random generator: the first update is as any other."""
+    agents = []
+    for compiled in (False, True):
+        th.manual_seed(0)
+        space = spaces.Box(-1, 1, (OBS_DIM,))
+        policy = make_policy(space, ACTION_SPACES["box"], features_extractor_class=RandomExtractor, **SIZES)
+        policy.set_training_mode(True)
+        th.manual_seed(1)
+        train(policy, make_learner(policy, compiled), 2)
+        agents.append((policy, th.get_rng_state()))
+    (eager, state), (compiled, state_compiled) = agents
+    assert th.equal(state, state_compiled)
+    assert len(list(eager.buffers())) > 3
+    for ours, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
+        # Integers are equal: how many batches there were
+        th.testing.assert_close(ours, theirs, rtol=0, atol=2e-3 if ours.is_floating_point() else 0)
+
+
+def test_under_autocast_of_a_user():
+    """The copies of weights that autocast keeps do not outlive an optimiser step."""
+    agents = [make("box", precision="bfloat16") for _ in range(2)]
+    start = weights(agents[0][0])
+    with th.autocast("cpu", th.bfloat16):
+        train(*agents[0], 20)
+    train(*agents[1], 20)
+    assert distance(agents[0][0], agents[1][0], start) < 0.01
+
+
+@pytest.mark.usefixtures("traced")
+def test_copies_train_themselves():
+    """What is compiled for a model must not work on the networks of the model that it was copied from."""
     compiled, plain = make("box", compiled=True), make("box")
     train(*compiled, 3)
     train(*plain, 3)
@@ -203,6 +303,16 @@ def test_copies_train_themselves(monkeypatch):
         assert copy[1].compiled == (copy is copies[0])
     assert distance(copies[0][0], copies[1][0], before) < 1e-4
     assert th.equal(weights(compiled[0]), before)
+
+
+def test_frozen_encoder():
+    """A user may freeze what was trained elsewhere: the agent then learns on top of it."""
+    policy, learner = make("box")
+    policy.encoder.requires_grad_(False)
+    frozen, start = deepcopy(policy.encoder.state_dict()), weights(policy)
+    train(policy, learner, 3)
+    assert all(th.equal(value, frozen[name]) for name, value in policy.encoder.state_dict().items())
+    assert not th.equal(weights(policy), start)
 
 
 @needs_compiler

@@ -3,6 +3,7 @@ Everything that policy_kwargs can change, and policies on their own.
 """
 
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -110,9 +111,34 @@ def test_extractors_train_in_training_only():
     first, second = model.predict(obs)[0], model.predict(obs)[0]
     np.testing.assert_array_equal(first, second)
     assert same(before, snapshot(model.policy))
-    model.policy.set_training_mode(True)
-    assert model.encoder.training and model.actor.training and model.critic.training
-    assert not (model.encoder_target.training or model.actor_target.training or model.critic_target.training)
+    for _ in range(2):
+        model.policy.set_training_mode(True)
+        assert model.encoder.training and model.actor.training and model.critic.training
+        assert not (model.encoder_target.training or model.actor_target.training or model.critic_target.training)
+        # Torch's own takes the targets along
+        model.policy.train()
+
+
+class CountingExtractor(FlattenExtractor):
+    """With a buffer that is not saved."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.register_buffer("count", th.zeros(()), persistent=False)
+
+    def forward(self, observations):
+        if self.training:
+            self.count += 1
+        return super().forward(observations)
+
+
+def test_all_buffers_are_copied_to_targets():
+    model = tiny_model(SpaceEnv(), policy_kwargs={"features_extractor_class": CountingExtractor})
+    model.learn(20)
+    extractor, target = (encoder.state.features_extractor for encoder in (model.encoder, model.encoder_target))
+    assert 0 < target.count < extractor.count
+    model.learner.replace_targets()
+    assert target.count == extractor.count
 
 
 @pytest.mark.parametrize(
@@ -279,6 +305,16 @@ def test_optimizers(optimizer_class, optimizer_kwargs, setting, value):
     learn_and_check(model, 20)
 
 
+@pytest.mark.parametrize("decay", [None, 0.2])
+def test_partial_optimizer(decay):
+    """As TD3 takes it; the weight decay is MR.Q's where none is given."""
+    optimizer_class = partial(th.optim.AdamW, eps=1e-5, **({} if decay is None else {"weight_decay": decay}))
+    model = tiny_model(SpaceEnv(VECTOR), policy_kwargs=dict(optimizer_class=optimizer_class))
+    for network in (model.encoder, model.critic, model.actor):
+        (group,) = network.optimizer.param_groups
+        assert group["eps"] == 1e-5 and group["weight_decay"] == (1e-4 if decay is None else decay)
+
+
 def test_all_parameters_are_trained_or_targets():
     model = tiny_model(SpaceEnv(DICT), "MultiInputPolicy")
     trained = set().union(*(optimized(getattr(model, name).optimizer) for name in NETWORKS))
@@ -366,11 +402,13 @@ def test_elu(monkeypatch, dtype, tolerance):
     """Both ways of computing it are torch's function, values and gradients."""
     x = th.cat([th.linspace(-30, 5, 1001), th.tensor([0.0, -1e-6, 1e-6, 80.0, -1e4])]).to(dtype)
     weight = th.linspace(-1, 1, len(x), dtype=dtype)
-    for large in (0, 2**14):
+    for large, inplace in ((0, True), (0, False), (2**14, True)):
         monkeypatch.setattr(ELU, "LARGE", large)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         # What is made from a leaf may be overwritten
-        (y, expected) = ELU()(ours * 1), nn.functional.elu(theirs)
+        made = ours * 1
+        (y, expected) = ELU(inplace)(made), nn.functional.elu(theirs)
+        assert th.equal(made, x) != (inplace and large == 0)
         th.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
         (y * weight).sum().backward()
         (expected * weight).sum().backward()

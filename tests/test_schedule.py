@@ -276,6 +276,17 @@ def test_reward_scale_without_rewards():
     assert all(value.isfinite().all() for value in calls[-1].online.values())
 
 
+@pytest.mark.parametrize("alpha", [0.4, 0.0])
+def test_divergence_is_told(alpha):
+    """Also where transitions are drawn uniformly, so that no priority tells."""
+    model = make_model(ToyEnv(reward=alternating_rewards), priority_alpha=alpha)
+    model.learn(20)
+    with th.no_grad():
+        next(model.critic.parameters()).fill_(th.nan)
+    with pytest.raises(ValueError, match=r"Training has diverged|Priorities must be"):
+        model.train(2 * model.METRICS_INTERVAL, batch_size=8)
+
+
 def test_reward_scale_under_normalised_rewards():
     """Section 4: with VecNormalize, rbar is the mean absolute reward in the normalisation of the time."""
     env = ToyEnv(reward=lambda step: 10 * alternating_rewards(step))

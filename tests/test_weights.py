@@ -13,6 +13,7 @@ from envs import IMAGE, VECTOR, SpaceEnv, policy_for, tiny_model
 from gymnasium import spaces
 from helpers import same, snapshot
 
+from sb3_mrq.extractors import MultiInputExtractor
 from sb3_mrq.weights import load_weights, save_weights
 
 
@@ -35,6 +36,25 @@ def test_the_same_policy(space, name, tmp_path, monkeypatch):
     # What learns is what was loaded
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
+
+
+class TwoCameras(MultiInputExtractor):
+    """One network for both images."""
+
+    def __init__(self, observation_space, **kwargs):
+        super().__init__(observation_space, **kwargs)
+        self.cnns[1] = self.cnns[0]
+
+
+def test_shared_weights(tmp_path):
+    space = spaces.Dict(left=IMAGE, right=IMAGE)
+    model, other = (
+        tiny_model(SpaceEnv(space), "MultiInputPolicy", policy_kwargs={"features_extractor_class": TwoCameras}, seed=seed)
+        for seed in (0, 1)
+    )
+    save_weights(model, tmp_path / "w")
+    load_weights(other, tmp_path / "w")
+    assert same(snapshot(other.policy), snapshot(model.policy))
 
 
 def test_nothing_else_is_in_the_file(tmp_path):

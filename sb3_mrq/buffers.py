@@ -112,7 +112,8 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
     :param device: PyTorch device of the samples
     :param n_envs: Number of parallel environments
     :param optimize_memory_usage: Accepted as SB3's buffers do; observations are always stored once
-    :param handle_timeout_termination: Accepted as SB3's buffers do; truncation and termination are always told apart
+    :param handle_timeout_termination: whether truncation and termination are told apart; if not, no value is expected after
+        either
     :param horizon: Transitions in a sub-trajectory
     :param n_steps: Transitions of the n-step samples
     """
@@ -135,7 +136,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         # Not ReplayBuffer's constructor, which allocates everything at once
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.optimize_memory_usage = True
-        self.handle_timeout_termination = True
+        self.handle_timeout_termination = handle_timeout_termination
         if horizon < 1 or n_steps < 1:
             raise ValueError(f"horizon ({horizon}) and n_steps ({n_steps}) must be at least 1.")
         # As in ReplayBuffer, from here on the size for each environment
@@ -340,7 +341,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._flags[places] = PRESENT | STORED
         if ended:
             truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
-            terminated = done & ~truncated
+            terminated = done & ~truncated if self.handle_timeout_termination else done
             self._flags[places[terminated]] |= TERMINATED
             self.has_terminated |= bool(terminated.any())
         self._changed(places)

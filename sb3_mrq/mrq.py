@@ -12,6 +12,7 @@ from dataclasses import fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -21,7 +22,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 
 
 SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
+
+# Among the parameters of a model
+REWARD_SCALES = "reward_scales"
 
 
 class MRQ(OffPolicyAlgorithm):
@@ -247,9 +251,10 @@ class MRQ(OffPolicyAlgorithm):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        # Both raise errors for spaces that are not supported, with the remedy
-        check_observation_space(env.observation_space)
-        make_actions(env.action_space)
+        if isinstance(env, (gym.Env, VecEnv)):
+            # Both raise errors for spaces that are not supported, with the remedy. Others are converted first, or refused.
+            check_observation_space(env.observation_space)
+            make_actions(env.action_space)
         wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
         if isinstance(wrapped, VecTransposeImage) and unwrap_vec_normalize(wrapped) is not None:
             # Original observations, which are stored, and final ones would have their axes in another order
@@ -393,6 +398,12 @@ class MRQ(OffPolicyAlgorithm):
             warnings.warn(
                 f"Nothing will be learned: {last_step} steps end before learning_starts={self.learning_starts}. Train for "
                 "longer, or let learning start earlier.",
+                stacklevel=4,
+            )
+        elif reset_num_timesteps and self._n_updates > 0 and 0 < self.learning_starts <= self.replay_buffer.size():
+            warnings.warn(
+                f"The first {self.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
+                "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0.",
                 stacklevel=4,
             )
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
@@ -767,7 +778,10 @@ class MRQ(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         self.learner.replace_targets()
         self.target_reward_scale = self.reward_scale
-        self.reward_scale = max(self.replay_buffer.mean_abs_reward(self._vec_normalize_env), 1e-8)
+        mean = self.replay_buffer.mean_abs_reward(self._vec_normalize_env)
+        # Where training goes on with a new buffer, without rewards so far, the values keep their units
+        if mean > 0 or self._targets_replaced_at is None:
+            self.reward_scale = max(mean, 1e-8)
         self._set_scalars()
 
     def _update_encoder(self, samples: SubtrajectorySamples) -> EncoderMetrics:
@@ -935,7 +949,33 @@ class MRQ(OffPolicyAlgorithm):
             if name.endswith("optimizer"):
                 # As they would be if training steps were not captured
                 restore_groups(parameters[name]["param_groups"], recursive_getattr(self, name))
+        # The units of the values
+        parameters[REWARD_SCALES] = {name: getattr(self, name) for name in ("reward_scale", "target_reward_scale")}
         return parameters
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary containing parameters for different modules (see
+        ``get_parameters``), and the reward scales, in whose units the values are.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception. The reward scales may be missing, as in files of older versions.
+        :param device: Device on which the code should run.
+        """
+        given: Any = load_path_or_dict
+        if not isinstance(given, dict):
+            given = load_from_zip_file(given, device=device, load_data=False)[1]
+        parameters: dict[str, Any] = dict(given)
+        scales = parameters.pop(REWARD_SCALES, {})
+        super().set_parameters(parameters, exact_match, device)
+        for name, value in scales.items():
+            setattr(self, name, float(value))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]

@@ -10,7 +10,7 @@ import torch as th
 from safetensors import SafetensorError, safe_open
 
 from sb3_mrq.files import atomic_file
-from sb3_mrq.mrq import MRQ
+from sb3_mrq.mrq import MRQ, REWARD_SCALES
 from sb3_mrq.replay_files import describe_space, space_from
 
 FORMAT = "sb3-mrq weights 1"
@@ -23,7 +23,8 @@ def _target(path: str | Path) -> Path:
 
 def save_weights(model: MRQ, path: str | Path) -> None:
     """
-    Save the weights of all networks, targets included, but no optimiser, hyperparameter or replay buffer.
+    Save the weights of all networks, targets included, and the reward scales that are the units of the values, but no
+    optimiser, hyperparameter or replay buffer.
 
     :param model: the model
     :param path: the file, to which ``.safetensors`` is added where it has no suffix. At any moment it is what was there
@@ -37,6 +38,7 @@ def save_weights(model: MRQ, path: str | Path) -> None:
         "format": FORMAT,
         "observation_space": json.dumps(describe_space(model.observation_space)),
         "action_space": json.dumps(describe_space(model.action_space)),
+        REWARD_SCALES: json.dumps(model.get_parameters()[REWARD_SCALES]),
     }
     data = safetensors.torch.save(tensors, metadata)
     with atomic_file(_target(path)) as file:
@@ -76,4 +78,4 @@ def load_weights(model: MRQ, path: str | Path) -> None:
                 f"The weights in {path} are for another architecture: {name} has the shape {shape}, not {expected}. Give the "
                 "model the policy and policy_kwargs with which they were trained."
             )
-    model.policy.load_state_dict(weights)
+    model.set_parameters({"policy": weights, REWARD_SCALES: json.loads(metadata.get(REWARD_SCALES, "{}"))}, exact_match=False)

@@ -1120,3 +1120,17 @@ def test_a_refused_first_add_leaves_the_buffer_usable():
     assert buffer.size() == 0
     add_episode(buffer, 0, 3, "truncated")
     assert buffer.size() == buffer.n_sampleable == 3
+
+
+@pytest.mark.parametrize("told_apart", [True, False])
+def test_timeouts(told_apart):
+    """Without ``handle_timeout_termination`` an episode that is cut off counts as terminated, as in SB3's buffers."""
+    space, actions = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,))
+    buffer = SubtrajectoryReplayBuffer(50, space, actions, device="cpu", handle_timeout_termination=told_apart)
+    for t in range(12):
+        obs, next_obs = np.full((1, 2), t / 20, np.float32), np.full((1, 2), (t + 1) / 20, np.float32)
+        done = np.array([t == 9])
+        buffer.add(obs, next_obs, np.zeros((1, 1)), np.ones(1), done, [{"TimeLimit.truncated": bool(done[0])}])
+    assert buffer.has_terminated is not told_apart
+    samples = buffer.get_n_step(np.array([9]))
+    assert samples.terminated[0, 0] == (not told_apart)

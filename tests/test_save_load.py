@@ -250,11 +250,11 @@ def test_no_warnings(replay_buffer_class, observation_space):
         model = tiny_model(make_env(), policy, replay_buffer_class=replay_buffer_class, n_steps=3)
         assert type(model.replay_buffer) is SubtrajectoryReplayBuffer
         model.learn(20)
-        model.learn(20)
+        model.learn(20, reset_num_timesteps=False)
         loaded = MRQ.load(in_memory(model), env=make_env(), device="cpu")
         assert type(loaded.replay_buffer) is SubtrajectoryReplayBuffer
         loaded.load_replay_buffer(buffer_in_memory(model))
-        loaded.learn(20)
+        loaded.learn(20, reset_num_timesteps=False)
         MRQ.load(in_memory(loaded), device="cpu").predict(some_obs(make_env()))
 
 
@@ -262,12 +262,15 @@ def test_get_and_set_parameters(trained):
     model, make_env = trained
     other = tiny_model(make_env(), policy_for(make_env().observation_space), seed=1)
     parameters = deepcopy(model.get_parameters())
-    assert set(parameters) == {"policy", *(f"{name}.optimizer" for name in NETWORKS)}
+    assert set(parameters) == {"policy", "reward_scales", *(f"{name}.optimizer" for name in NETWORKS)}
+    assert model.reward_scale != other.reward_scale
     assert not same(snapshot(other.policy), snapshot(model.policy))
     other.set_parameters(parameters, device="cpu")
     assert same(snapshot(other.policy), snapshot(model.policy))
     for name in NETWORKS:
         assert_equal(getattr(other, name).optimizer.state_dict(), getattr(model, name).optimizer.state_dict())
+    # The units of the values
+    assert (other.reward_scale, other.target_reward_scale) == (model.reward_scale, model.target_reward_scale)
     # In place: what learns is what acts
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
@@ -278,6 +281,22 @@ def test_set_parameters_from_a_file(trained):
     other = tiny_model(make_env(), policy_for(make_env().observation_space), seed=1)
     other.set_parameters(in_memory(model), device="cpu")
     assert same(snapshot(other.policy), snapshot(model.policy))
+    assert other.reward_scale == model.reward_scale
+
+
+def test_values_keep_their_units():
+    """Returns that the values stand for carry over."""
+    model, other = (tiny_model(SpaceEnv(reward=100.0, length=5), gamma=0.5, seed=seed) for seed in (0, 1))
+    model.learn(100)
+    other.learn(15)
+    other.set_parameters(model.get_parameters(), device="cpu")
+    values = []
+    for each in (model, other):
+        with th.no_grad():
+            z_s = each.encoder.state(th.zeros(1, *VECTOR.shape))
+            values.append(each.reward_scale * each.critic(each.encoder.state_action(z_s, th.zeros(1, 2))).mean())
+    assert values[0] == values[1]
+    assert model.reward_scale > 10
 
 
 def test_set_parameters_errors():

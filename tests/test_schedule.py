@@ -4,6 +4,7 @@ and a record of all calls of its learner.
 """
 
 import inspect
+import warnings
 from copy import deepcopy
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -274,6 +275,29 @@ def test_reward_scale_without_rewards():
         assert all(entry.isfinite() for entry in metrics)
         assert priorities.isfinite().all()
     assert all(value.isfinite().all() for value in calls[-1].online.values())
+
+
+def test_reward_scale_where_rewards_are_gone(tmp_path):
+    """Training that goes on with a new buffer, without rewards so far: the values keep their units."""
+    model = make_model(ToyEnv(reward=lambda step: 3.0))
+    model.learn(22)
+    assert model.reward_scale == 3
+    model.save(tmp_path / "model")
+    loaded = MRQ.load(tmp_path / "model", env=ToyEnv(reward=lambda step: 0.0), device="cpu")
+    loaded.learn(22, reset_num_timesteps=False)
+    assert loaded._n_updates > model._n_updates + loaded.target_update_interval
+    assert loaded.replay_buffer.mean_abs_reward() == 0
+    assert (loaded.reward_scale, loaded.target_reward_scale) == (3, 3)
+
+
+def test_second_warm_up_is_told():
+    model = make_model()
+    model.learn(22)
+    with pytest.warns(UserWarning, match="steps will be random again.*reset_num_timesteps=False"):
+        model.learn(22)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(5, reset_num_timesteps=False)
 
 
 @pytest.mark.parametrize("alpha", [0.4, 0.0])

@@ -82,6 +82,7 @@ def test_what_can_be_continued_with(trained, tmp_path):
     for folder in (trained, trained / "checkpoints", list_checkpoints(trained / "checkpoints")[0].path):
         for option in ("-i", "--trained-agent"):
             assert _newest_checkpoint(["-n", "5", option, str(folder)]) == ["-n", "5", option, newest]
+        assert _newest_checkpoint([f"--trained-agent={folder}"]) == ["--trained-agent", newest]
     for arguments in ([], ["-i"], ["-i", "model.zip"], ["-n", str(trained)]):
         assert _newest_checkpoint(arguments) == arguments
     with pytest.raises(ConfigurationError, match="no complete checkpoint"):

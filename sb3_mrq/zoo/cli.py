@@ -118,10 +118,15 @@ def _newest_checkpoint(arguments: list[str]) -> list[str]:
         checkpoints
     :raises ConfigurationError: for a folder without checkpoints
     """
-    arguments = list(arguments)
+    option = "--trained-agent"
+    arguments = [
+        part
+        for argument in arguments
+        for part in (argument.split("=", 1) if argument.startswith(f"{option}=") else [argument])
+    ]
     for i, argument in enumerate(arguments[:-1]):
         folder = Path(arguments[i + 1])
-        if argument not in ("-i", "--trained-agent") or not folder.is_dir():
+        if argument not in ("-i", option) or not folder.is_dir():
             continue
         if (folder / CHECKPOINTS).is_dir():
             folder = folder / CHECKPOINTS

@@ -779,8 +779,8 @@ class MRQ(OffPolicyAlgorithm):
         self.learner.replace_targets()
         self.target_reward_scale = self.reward_scale
         mean = self.replay_buffer.mean_abs_reward(self._vec_normalize_env)
-        # Where training goes on with a new buffer, without rewards so far, the values keep their units
-        if mean > 0 or self._targets_replaced_at is None:
+        # Where training goes on with a new buffer, which no reward has come into, the values keep their units
+        if mean > 0 or self.replay_buffer.full or self._targets_replaced_at is None:
             self.reward_scale = max(mean, 1e-8)
         self._set_scalars()
 

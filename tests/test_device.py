@@ -383,7 +383,7 @@ class TestTraining:
             )
         if request.param == "recorded" or request.function.__name__ != "test_500_updates":
             # Compiled code cannot be recorded, and takes long to make
-            monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, give_up: function)
+            monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, *_: function)
 
         def counted(function):
             if function.__name__ != "_write_staged":

@@ -338,8 +338,8 @@ class MRQPolicy(BasePolicy):
         :param mode: if true, set to training mode, else set to evaluation mode
         """
         online = (self.encoder, self.critic, self.actor)
-        # To visit every module for each action would take as long as to compute it
         targets = (self.encoder_target, self.critic_target, self.actor_target)
+        # To visit every module for each action would take as long as to compute it
         if all(module.training == mode for module in (self, *online)) and not any(target.training for target in targets):
             return
         for network in online:

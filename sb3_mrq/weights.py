@@ -30,15 +30,16 @@ def save_weights(model: MRQ, path: str | Path) -> None:
     :param path: the file, to which ``.safetensors`` is added where it has no suffix. At any moment it is what was there
         before, or complete.
     """
+    parameters = model.get_parameters()
+    # Copies, since safetensors refuses tensors that share memory
     tensors = {
-        name: value.detach().cpu().clone(memory_format=th.contiguous_format)
-        for name, value in model.policy.state_dict().items()
+        name: value.detach().cpu().clone(memory_format=th.contiguous_format) for name, value in parameters["policy"].items()
     }
     metadata = {
         "format": FORMAT,
         "observation_space": json.dumps(describe_space(model.observation_space)),
         "action_space": json.dumps(describe_space(model.action_space)),
-        REWARD_SCALES: json.dumps(model.get_parameters()[REWARD_SCALES]),
+        REWARD_SCALES: json.dumps(parameters[REWARD_SCALES]),
     }
     data = safetensors.torch.save(tensors, metadata)
     with atomic_file(_target(path)) as file:

@@ -27,6 +27,20 @@ class NonFiniteError(BadValueError):
     """
 
 
+class DivergedError(ValueError):
+    """
+    What the networks compute is not finite any more.
+
+    :param what: of it, as a clause
+    """
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"Training has diverged: {what}. Go on from an earlier checkpoint, with lower learning rates or smaller observations "
+            "and rewards."
+        )
+
+
 def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
     """
     :param space: an observation space

@@ -281,6 +281,8 @@ class Learner:
         self.actor, self.actor_target = actor, actor_target
         self.actions = actions
         self.hyperparameters = hyperparameters
+        # Whether that was tried, in vain
+        self.compiling_failed = False
         self.compile(compiled)
 
     def compile(self, compiled: bool) -> None:
@@ -313,6 +315,7 @@ class Learner:
 
     def _give_up_compiling(self, error: Exception) -> None:
         self.compile(False)
+        self.compiling_failed = True
         warnings.warn(
             f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "
             f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",

@@ -31,7 +31,7 @@ from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.checkpoints import resume, set_generators
-from sb3_mrq.checks import BadValueError
+from sb3_mrq.checks import BadValueError, DivergedError
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
@@ -427,7 +427,8 @@ class MRQ(OffPolicyAlgorithm):
             steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
             alone = threading.current_thread() is threading.main_thread()
-            compiled = self.device.type == "cpu" and steps >= self.COMPILE_FROM and alone
+            worth_while = self.learner.compiled or steps >= self.COMPILE_FROM
+            compiled = self.device.type == "cpu" and alone and worth_while and not self.learner.compiling_failed
             if self.resumed_compiled is not None:
                 compiled = self.resumed_compiled
             if compiled != self.learner.compiled:
@@ -622,15 +623,17 @@ class MRQ(OffPolicyAlgorithm):
         return self.policy.unscale_action(buffer_action), buffer_action
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
+        action = None
         if self._device_training is not None:
             try:
                 action = self._device_training.act(obs, noise)
-                if not np.isfinite(action).all():
-                    raise ValueError(f"Training has diverged: the policy's action is {action}.")
-                return action
             except CaptureError as error:
                 self._give_up_capturing(error)
-        return self.policy.explore(obs, noise)
+        if action is None:
+            action = self.policy.explore(obs, noise)
+        if not np.isfinite(action).all():
+            raise DivergedError(f"the policy's action is {action}")
+        return action
 
     def _preprocess(self, obs: Observation) -> Observation:
         """
@@ -757,7 +760,10 @@ class MRQ(OffPolicyAlgorithm):
         samples = self.replay_buffer.sample_n_step(batch_size, env=self._vec_normalize_env)
         priorities, metrics = self._update_value_and_policy(samples)
         assert isinstance(samples.indices, np.ndarray)
-        self.replay_buffer.update_priorities(samples.indices, priorities.cpu().numpy())
+        new_priorities = priorities.cpu().numpy()
+        if not np.isfinite(new_priorities).all():
+            raise DivergedError("TD errors are not finite")
+        self.replay_buffer.update_priorities(samples.indices, new_priorities)
         self._value_policy_metrics.add(metrics)
 
     def _set_scalars(self) -> None:
@@ -827,9 +833,9 @@ class MRQ(OffPolicyAlgorithm):
         :return: whether there were any
         """
         means = metrics.take()
-        # Priorities that are not numbers are refused by the replay buffer on the host, but not where all are the same
+        # Seen earlier in TD errors, but for those of captured steps and where all priorities are the same
         if np.isnan(list(means.values())).any():
-            raise ValueError(f"Training has diverged: {means}.")
+            raise DivergedError(f"means of the last updates are {means}")
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
         return bool(means)

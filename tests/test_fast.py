@@ -391,6 +391,32 @@ class TestModel:
         assert not model.learner.compiled
 
     @needs_compiler
+    def test_automatic_choice_stays(self, monkeypatch):
+        """What is compiled stays so in a short call of ``learn`` that follows."""
+        monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        model.learn(30)
+        compiled = model.learner._value_loss.compiled
+        model.learn(5, reset_num_timesteps=False)
+        assert model.learner._value_loss.compiled is compiled is not None
+
+    def test_compiling_is_tried_once(self, monkeypatch):
+        """Where it fails there is one warning, also over several calls of ``learn``."""
+        monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("no compiler")
+
+        monkeypatch.setattr(th, "compile", fail)
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        with pytest.warns(UserWarning, match="could not be compiled"):
+            model.learn(30)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.learn(30, reset_num_timesteps=False)
+        assert not model.learner.compiled
+
+    @needs_compiler
     @pytest.mark.parametrize("compiled", [False, True])
     def test_hyperparameters_set_from_outside(self, tmp_path, compiled):
         """As in TD3, what is set on a model counts from the next training step on."""

@@ -20,6 +20,7 @@ from scipy import stats
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mrq import MRQ, losses
+from sb3_mrq.checks import DivergedError
 
 SMALL = dict(
     policy_kwargs=dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_a_dim=4, z_sa_dim=8),
@@ -307,8 +308,21 @@ def test_divergence_is_told(alpha):
     model.learn(20)
     with th.no_grad():
         next(model.critic.parameters()).fill_(th.nan)
-    with pytest.raises(ValueError, match=r"Training has diverged|Priorities must be"):
+    with pytest.raises(DivergedError, match="Training has diverged"):
         model.train(2 * model.METRICS_INTERVAL, batch_size=8)
+
+
+@pytest.mark.parametrize("network", ["actor", "encoder"])
+def test_environments_get_no_action_that_is_not_a_number(network):
+    env = ToyEnv(reward=alternating_rewards)
+    model = make_model(env)
+    model.learn(20)
+    with th.no_grad():
+        next(getattr(model, network).parameters()).fill_(th.nan)
+    n_steps = len(env.rewards)
+    with pytest.raises(DivergedError, match="the policy's action is"):
+        model.learn(20, reset_num_timesteps=False)
+    assert len(env.rewards) == n_steps
 
 
 def test_reward_scale_under_normalised_rewards():

@@ -267,6 +267,13 @@ def test_without_what_plots_need(tmp_path):
     )
 
 
+def test_atari_without_ale_py(tmp_path):
+    result = call(tmp_path, "train", "--algo", "mrq", "--env", "ALE/Pong-v5", "-n", "10", **without(tmp_path, "ale_py"))
+    assert result.returncode != 0
+    assert 'pip install "sb3-mrq[atari]"' in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 def test_usage(tmp_path):
     result = call(tmp_path, "--help")
     assert result.returncode == 0

@@ -16,6 +16,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_mrq.checks import DivergedError
 from sb3_mrq.diagnostics import measures
 from sb3_mrq.diagnostics.episodes import Episode, no_side_effects, play, wrap_env
 from sb3_mrq.mrq import MRQ
@@ -540,7 +541,7 @@ def _diagnose(model: MRQ, env: VecEnv, episodes: list[Episode], max_steps: int) 
     z_sa = networks.embed(np.concatenate([e.z_s[:-1] for e in episodes]), np.concatenate([e.actions for e in episodes]))
     q = networks.q(z_sa)
     if not all(np.isfinite(array).all() for array in (z_s, z_sa, values, q)):
-        raise ValueError("Training has diverged: embeddings or values are not finite.")
+        raise DivergedError("embeddings or values are not finite")
 
     order = np.argsort([e.original_return for e in episodes], kind="stable")
     shown = int(order[(len(episodes) - 1) // 2])

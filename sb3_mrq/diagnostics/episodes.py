@@ -19,6 +19,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch.nn import functional as F
 
+from sb3_mrq.checks import DivergedError
 from sb3_mrq.mrq import MRQ
 from sb3_mrq.observations import images_to_floats, map_observation
 
@@ -217,7 +218,7 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
     :param n_envs: how many environments there are
     :param noise: standard deviation of the exploration noise, 0 for the best action
     :return: actions in the space, and in the stored form of the replay buffer (n_envs, action_dim)
-    :raises ValueError: if an action is not finite
+    :raises DivergedError: if an action is not finite
     """
     is_box = isinstance(model.action_space, spaces.Box)
     if noise > 0:
@@ -227,7 +228,7 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
         actions, _ = model.predict(obs, deterministic=True)
         stored = model.policy.scale_action(actions) if is_box else actions
     if not np.isfinite(stored).all():
-        raise ValueError(f"Training has diverged: the policy's action is {stored}.")
+        raise DivergedError(f"the policy's action is {stored}")
     return actions, stored.reshape(n_envs, -1)
 
 

@@ -87,13 +87,11 @@ def _known_options(arguments: list[str]) -> argparse.Namespace:
 def _check_task(env_id: str) -> None:
     """
     :param env_id: id of a task
-    :raises ConfigurationError: if nothing is registered under it, with the closest id or what is to be installed
+    :raises ConfigurationError: if nothing is registered under it, with the closest id
     """
     # With a colon, the task is registered by the module named before it
     if env_id in gym.registry or ":" in env_id:
         return
-    if env_id.startswith("ALE/") and importlib.util.find_spec("ale_py") is None:
-        raise ConfigurationError(_install_command("ale_py"))
     raise ConfigurationError(f"There is no task {env_id}.{closest(env_id, gym.registry)}")
 
 
@@ -269,7 +267,7 @@ def main() -> None:
         sys.exit(f"sb3-mrq: error: there is no script {script}.{closest(script, SCRIPTS)}\n\n{USAGE}")
     try:
         run(script, rest)
-    except ConfigurationError as error:
+    except (ConfigurationError, gym.error.DependencyNotInstalled) as error:
         sys.exit(f"sb3-mrq {script}: error: {error}")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in EXTRAS:

@@ -2,6 +2,7 @@
 The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
 """
 
+import warnings
 from collections.abc import Callable
 from copy import copy
 from functools import partial
@@ -17,6 +18,11 @@ from sb3_mrq.checks import LARGEST_REWARD, BadValueError, ObservationChecks, che
 from sb3_mrq.frames import ObservationStorage
 from sb3_mrq.observations import map_observation, unbind_time
 from sb3_mrq.priorities import PriorityTree
+
+try:
+    import psutil
+except ImportError:
+    psutil = None
 
 if TYPE_CHECKING:
     from sb3_mrq.device_replay import DeviceReplay
@@ -201,6 +207,19 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._ages = np.zeros(n_places, dtype=np.uint8)
         self._priorities = PriorityTree(n_places)
 
+    def _check_memory(self) -> None:
+        """Warn where memory will not do once every place is written to, as the buffers of SB3 do."""
+        if psutil is None:
+            return
+        size = sum(array.nbytes for array in self._place_arrays().values())
+        available = psutil.virtual_memory().available
+        if size > available:
+            warnings.warn(
+                "This system does not have apparently enough memory to store the complete replay buffer "
+                f"{size / 1e9:.2f}GB > {available / 1e9:.2f}GB",
+                stacklevel=3,
+            )
+
     def size(self) -> int:
         """
         :return: number of stored transitions, over all environments
@@ -321,11 +340,17 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
             self._close(self._running & ~continues)
 
         beginning = ~self._running
+        stored_otherwise = False
         for key, storage in self._storages.items():
             if not storage.data.size:
                 storage.allocate(obs_[key], next_obs_[key])
             elif not storage.fits(obs_[key], next_obs_[key], beginning):
                 storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
+            else:
+                continue
+            stored_otherwise = True
+        if stored_otherwise:
+            self._check_memory()
 
         places = self._ring + self._head
         if not all_continue:
@@ -338,13 +363,15 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
 
         self.actions[places] = action
         self.rewards[places] = reward
-        self._flags[places] = PRESENT | STORED
+        flags = np.full(self.n_envs, PRESENT | STORED, dtype=np.uint8)
         if ended:
             truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
             terminated = done & ~truncated if self.handle_timeout_termination else done
-            self._flags[places[terminated]] |= TERMINATED
+            flags[terminated] |= TERMINATED
             self.has_terminated |= bool(terminated.any())
         self._changed(places)
+        # Side by side, as Ctrl-C may come in between, after which these would not fit together
+        self._flags[places] = flags
         self._n_stored += self.n_envs
         self._length += 1
         self._head = next_head

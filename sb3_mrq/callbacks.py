@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mrq.checkpoints import write_checkpoint
@@ -80,7 +81,9 @@ class ResumableCheckpointCallback(BaseCallback):
     :param name_prefix: what the names of the checkpoints begin with
     :param keep_last: how many checkpoints of a run to keep, None for all. While one is written there is one more.
     :param at_episode_end: whether to put a checkpoint off until the episodes of all environments have ended together, so that
-        no episode is cut short where training is resumed; not those at the end of ``learn``
+        no episode is cut short where training is resumed; not those at the end of ``learn``. Where several environments end
+        theirs at different times, a checkpoint is put off until each has ended one; episodes are cut short then, with a
+        warning.
     :param handle_signals: whether SIGTERM and Ctrl-C end training with a checkpoint
     :param verbose: Verbosity level: 0 for no output, 1 for a line for each checkpoint
     """
@@ -114,6 +117,9 @@ class ResumableCheckpointCallback(BaseCallback):
         self._stopping = False
         # Steps at the last checkpoint
         self._saved_at = 0
+        # Environments whose episodes have ended since a checkpoint was due, others' going on
+        self._ended_apart = np.zeros(1, dtype=bool)
+        self._warned = False
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, MRQ):
@@ -124,7 +130,13 @@ class ResumableCheckpointCallback(BaseCallback):
         Path(self.save_path).mkdir(parents=True, exist_ok=True)
 
     def _on_training_start(self) -> None:
+        if self.parent is not None:
+            raise ValueError(
+                "ResumableCheckpointCallback must be given to learn by itself or in a list, not to "
+                f"{type(self.parent).__name__}, which does not tell it when rollouts begin and training ends."
+            )
         self._saved_at = self.model.num_timesteps
+        self._ended_apart = np.zeros(self.model.n_envs, dtype=bool)
         self._learning, self._stopping, self.stopped_by = True, False, None
         self.model.while_learning.callback(self._on_learn_exit)
         if self.handle_signals:
@@ -141,13 +153,32 @@ class ResumableCheckpointCallback(BaseCallback):
         if self._signals.received is not None:
             self._save()
             self._stopping = True
-        elif self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq:
+        elif self._is_due:
             assert self.model.replay_buffer is not None
             if self.model.replay_buffer.between_episodes or not self.at_episode_end:
                 self._save()
+            elif self._ended_apart.all():
+                self._warn_of_cut_episodes()
+                self._save()
+
+    @property
+    def _is_due(self) -> bool:
+        return self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq
+
+    def _warn_of_cut_episodes(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                "The episodes of the environments end at different times, so checkpoints are made while some are running, in "
+                "spite of at_episode_end: these episodes are cut short where training is resumed.",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def _on_step(self) -> bool:
         # The transition of this step is not stored yet
+        dones = self.locals["dones"]
+        if self.at_episode_end and self._is_due and dones.any() and not dones.all():
+            self._ended_apart |= dones
         return not self._stopping
 
     def _on_training_end(self) -> None:
@@ -164,5 +195,6 @@ class ResumableCheckpointCallback(BaseCallback):
         assert self.save_path is not None
         path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
         self._saved_at = self.model.num_timesteps
+        self._ended_apart[:] = False
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")

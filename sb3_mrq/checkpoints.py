@@ -8,6 +8,7 @@ A checkpoint has its name only once it is complete and on the disk. Until then, 
 import base64
 import contextlib
 import errno
+import gc
 import io
 import json
 import pickle
@@ -61,7 +62,7 @@ class Checkpoint(NamedTuple):
     A complete checkpoint, as far as its name tells.
 
     :param path: its folder
-    :param number: how manieth it is, counted from 1 over all of its series, whatever run it is of
+    :param number: running number from 1, over all runs with this prefix in the folder
     :param num_timesteps: steps of the model it was made after
     """
 
@@ -125,6 +126,16 @@ def list_checkpoints(folder: str | Path, name_prefix: str = "mrq") -> list[Check
         if match and match["prefix"] == name_prefix and path.is_dir():
             found.append(Checkpoint(path, int(match["number"]), int(match["num_timesteps"])))
     return sorted(found, key=lambda checkpoint: checkpoint.number, reverse=True)
+
+
+def newest_with_model(folder: str | Path, name_prefix: str = "mrq") -> Path | None:
+    """
+    :param folder: where checkpoints are
+    :param name_prefix: what their names begin with
+    :return: the newest one whose model is there, None if there is none
+    """
+    paths = (checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix))
+    return next((path for path in paths if (path / MODEL).is_file()), None)
 
 
 def write_checkpoint(model: "MRQ", folder: str | Path, name_prefix: str = "mrq", keep_last: int | None = None) -> Path:
@@ -209,7 +220,10 @@ def _clear(folder: Path, name_prefix: str) -> None:
 
 def _delete_old(folder: Path, name_prefix: str, model: "MRQ", keep_last: int) -> None:
     ours = [checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix) if _is_of(checkpoint.path, model)]
-    for path in ours[keep_last:]:
+    # One that could not be resumed from does not count
+    usable = [path for path in ours if path.name not in model.damaged_checkpoints]
+    oldest_kept = usable[:keep_last][-1]
+    for path in ours[ours.index(oldest_kept) + 1 :] if len(usable) >= keep_last else []:
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
         try:
             # Deleting takes a while, in which it would be an incomplete one under the name of a complete one
@@ -287,13 +301,21 @@ def resume(
     paths = [folder] if (folder / INFO).exists() else [c.path for c in list_checkpoints(folder, name_prefix)]
     if not paths:
         raise FileNotFoundError(errno.ENOENT, f"There is no complete checkpoint {name_prefix}_..._steps", str(folder))
+    damaged: list[str] = []
     for path in paths:
         try:
-            return _resume_from(model_class, path, _check_files(path), env, device, **kwargs)
+            model = _resume_from(model_class, path, _check_files(path), env, device, **kwargs)
         except (DamagedCheckpointError, ReplayFileError) as error:
-            failure = error
-            warnings.warn(f"The checkpoint {path} is damaged, going back to the one before it. {error}", stacklevel=3)
-    raise DamagedCheckpointError(f"No checkpoint in {folder} can be used. The last one tried: {failure}") from failure
+            # Not the error itself, through which a replay buffer could be reached that was filled halfway
+            failure = str(error)
+            warnings.warn(f"The checkpoint {path} is damaged, going back to the one before it. {failure}", stacklevel=3)
+        else:
+            model.damaged_checkpoints = damaged
+            return model
+        damaged.append(path.name)
+        # Its memory, before another one is filled
+        gc.collect()
+    raise DamagedCheckpointError(f"No checkpoint in {folder} can be used. The last one tried: {failure}")
 
 
 def _resume_from(
@@ -308,14 +330,30 @@ def _resume_from(
             single_env = env if is_wrapped(env, Monitor) else Monitor(env)
             env = DummyVecEnv([lambda: single_env])
         if unwrap_vec_normalize(env) is None:
-            statistics.set_venv(env)
+            # Its own spaces hide those of the environment
+            if statistics.action_space != env.action_space:
+                raise ValueError(f"Action spaces do not match: {statistics.action_space} != {env.action_space}")
+            try:
+                statistics.set_venv(env)
+            except AssertionError as error:
+                raise ValueError(f"The environment is not like that of the run in {path}: {error}") from error
             env = statistics
     elif isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
         raise ValueError(f"The environment normalizes with VecNormalize, but that of the run in {path} did not.")
     model = model_class.load(path / MODEL, env=env, device=device, **kwargs)
-    model.load_replay_buffer(path / REPLAY_BUFFER)
+    try:
+        model.load_replay_buffer(path / REPLAY_BUFFER)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{REPLAY_BUFFER} cannot be read: {error}") from error
+    model.run_id = info["run_id"]
 
-    assert model.env is not None
+    assert model.env is not None and model.replay_buffer is not None
+    size = model.replay_buffer.buffer_size * model.n_envs
+    if "buffer_size" in kwargs and kwargs["buffer_size"] // model.n_envs != model.replay_buffer.buffer_size:
+        warnings.warn(
+            f"The replay buffer keeps the {size} places it had, not buffer_size={kwargs['buffer_size']}.", stacklevel=4
+        )
+        model.buffer_size = size
     # Loading has seeded it as at the beginning of the run, whose first episodes would come again
     entropy = None if model.seed is None else [model.seed, model.num_timesteps]
     model.env.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))

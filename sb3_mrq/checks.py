@@ -36,8 +36,8 @@ class DivergedError(ValueError):
 
     def __init__(self, what: str):
         super().__init__(
-            f"Training has diverged: {what}. Go on from an earlier checkpoint, with lower learning rates or smaller observations "
-            "and rewards."
+            f"Training has diverged: {what}. Go on from an earlier checkpoint, with lower learning rates or smaller "
+            "observations and rewards."
         )
 
 

@@ -8,6 +8,7 @@ import io
 import pathlib
 import threading
 import warnings
+from copy import deepcopy
 from dataclasses import fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -31,7 +32,7 @@ from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.checkpoints import resume, set_generators
-from sb3_mrq.checks import BadValueError, DivergedError
+from sb3_mrq.checks import BadValueError, DivergedError, subspaces_of
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
@@ -237,8 +238,10 @@ class MRQ(OffPolicyAlgorithm):
         # Training step before which that was
         self._targets_replaced_at: int | None = None
 
-        # Of checkpoints: which run they are of, and from which one this model was resumed, until it learns
+        # Of checkpoints: which run they are of, the names of those that resuming passed over, and what else there was in the
+        # one that this model was resumed from, until it learns
         self.run_id: str | None = None
+        self.damaged_checkpoints: list[str] = []
         self.resumed_generators: dict[str, Any] | None = None
         self.resumed_compiled: bool | None = None
         # Where a callback watches for signals
@@ -392,6 +395,9 @@ class MRQ(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         self._check_hyperparameters()
         self._check_replay_buffer(self.replay_buffer)
+        if reset_num_timesteps:
+            # Another run, whose checkpoints do not replace those of the one before
+            self.run_id = None
         self.replay_buffer.check_size()
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         if last_step <= self.learning_starts:
@@ -514,19 +520,50 @@ class MRQ(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
+        # As OffPolicyAlgorithm does, but for final observations, see there
+        if self._vec_normalize_env is None:
+            self._last_original_obs, original_obs, original_reward = self._last_obs, new_obs, reward
+        else:
+            original_obs = self._vec_normalize_env.get_original_obs()
+            original_reward = self._vec_normalize_env.get_original_reward()
+        next_obs = deepcopy(original_obs)
         if dones.any():
             # The first observation of the next episode is not stored now, but acted on before it is
-            self._check_observations(
-                new_obs if self._vec_normalize_env is None else self._vec_normalize_env.get_original_obs()
-            )
+            self._check_observations(original_obs)
         try:
-            for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
-                # SB3 would take the first observation of the next episode
-                if done and info.get("terminal_observation") is None:
-                    raise BadValueError(f"Environment {i} gave no final observation")
-            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+            for i, info in enumerate(infos):
+                if dones[i]:
+                    self._set_final_observation(next_obs, i, info)
+            last_obs: Any = self._last_original_obs
+            replay_buffer.add(last_obs, next_obs, buffer_action, original_reward, dones, infos)  # type: ignore[arg-type]
         except BadValueError as error:
             raise self._at_this_step(error) from None
+        self._last_obs = new_obs
+        self._last_original_obs = original_obs
+
+    def _set_final_observation(self, next_obs: np.ndarray | dict[str, np.ndarray], i: int, info: dict[str, Any]) -> None:
+        """
+        :param next_obs: of all environments, (n_envs, ...) or a dict of these, in which to put the final observation
+        :param i: index of an environment whose episode has ended
+        :param info: of that environment, with the final observation, as normalised by ``VecNormalize`` if there is one
+        :raises BadValueError: if there is none, where OffPolicyAlgorithm would take the first observation of the next episode,
+            or one that does not fit the space
+        """
+        final_obs = info.get("terminal_observation")
+        if final_obs is None:
+            raise BadValueError(f"Environment {i} gave no final observation")
+        if self._vec_normalize_env is not None:
+            final_obs = self._vec_normalize_env.unnormalize_obs(final_obs)
+        for key, space in subspaces_of(self.observation_space).items():
+            rows: Any = next_obs if key is None else next_obs[key]
+            value = np.asarray(final_obs if key is None else final_obs[key])
+            # What normalisation and its inverse leave of an integer would be truncated
+            rounded = rows.dtype.kind in "iu" and value.dtype.kind == "f"
+            try:
+                rows[i] = np.rint(value) if rounded else value
+            except (TypeError, ValueError, OverflowError):
+                form = f"of the type {value.dtype} and the shape {value.shape}"
+                raise BadValueError(f"Environment {i} gave a final observation {form}, which is not in {space},") from None
 
     def _check_observations(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
@@ -941,7 +978,8 @@ class MRQ(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
         on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
-        of_this_process = ["resumed_generators", "resumed_compiled", "stop_signals", "while_learning", "_env_steps"]
+        of_this_process = ["run_id", "damaged_checkpoints", "resumed_generators", "resumed_compiled", "stop_signals"]
+        of_this_process += ["while_learning", "_env_steps"]
         return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
 
     def get_parameters(self) -> dict[str, dict]:

@@ -4,6 +4,7 @@ What cannot work is refused at once, by an error that names the value and the re
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,32 @@ def test_values_that_are_not_finite_behind_vec_normalize(training, fault, value)
         model.learn(30)
     assert model.replay_buffer.size() == 14
     assert np.isfinite(model.replay_buffer.mean_abs_reward())
+
+
+def test_final_observations_of_integers_behind_vec_normalize():
+    """It normalises them, and what its inverse gives is a hair off a whole number."""
+    space = spaces.Box(0, 255, (4,), dtype=np.uint8)
+    finals = []
+
+    class Noted(SpaceEnv):
+        def step(self, action):
+            obs, *others = super().step(action)
+            if self.t == self.length:
+                finals.append(obs)
+            return obs, *others
+
+    model = tiny_model(VecNormalize(make_vec_env(lambda: Noted(space), 1), clip_obs=1e6))
+    model.learn(48)
+    ends = np.arange(1, 9) * 7 - 1  # an episode of 6 steps takes 7 places
+    np.testing.assert_array_equal(model.replay_buffer.places()["observations None"][ends], np.stack(finals))
+
+
+def test_too_little_memory_is_told(monkeypatch):
+    buffer = SubtrajectoryReplayBuffer(10_000, VECTOR, BOX)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    obs = np.zeros((1, 3), dtype=np.float32)
+    with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
+        buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])
 
 
 def test_reward_bins_that_float32_cannot_hold():

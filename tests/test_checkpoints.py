@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,9 +23,9 @@ import torch as th
 from envs import IMAGE, SpaceEnv, policy_for, tiny_model
 from helpers import file_size_limit, snapshot
 from stable_baselines3 import TD3
-from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mrq import MRQ, checkpoints
 from sb3_mrq.callbacks import ResumableCheckpointCallback
@@ -84,6 +86,23 @@ def test_at_episode_end(tmp_path):
     assert steps(tmp_path) == [40, 30, 24, 12]
 
 
+def test_episodes_that_never_end_together(tmp_path):
+    """There are checkpoints all the same, once each environment has ended an episode."""
+    model = tiny_model(make_vec_env_of([6, 7, 11]))
+    with pytest.warns(UserWarning, match="end at different times") as warned:
+        learn(model, tmp_path, 300, 60, keep_last=None, at_episode_end=True)
+    assert len(steps(tmp_path)) >= 4
+    assert len([w for w in warned if "end at different times" in str(w.message)]) == 1
+    # Those that end together are waited for
+    folder = tmp_path / "together"
+    learn(tiny_model(make_vec_env_of([30, 30])), folder, 150, 10, keep_last=None, at_episode_end=True)
+    assert steps(folder) == [150, 120, 60]
+
+
+def make_vec_env_of(lengths):
+    return DummyVecEnv([lambda length=length: SpaceEnv(length=length) for length in lengths])
+
+
 def test_keep_last(tmp_path):
     model = tiny_model(SpaceEnv())
     learn(model, tmp_path, 60, 10, keep_last=2)
@@ -111,6 +130,32 @@ def test_checkpoints_of_another_run_are_left(tmp_path):
     learn(tiny_model(SpaceEnv()), tmp_path, 5, 10, name_prefix="other")
     assert [c.num_timesteps for c in list_checkpoints(tmp_path)] == [25, 30, 20]
     assert MRQ.resume(tmp_path, SpaceEnv(), device="cpu", name_prefix="other").num_timesteps == 5
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_run_from_the_weights_of_a_checkpoint(tmp_path, reset):
+    """It is another one: the checkpoints that its weights come from stay."""
+    model = tiny_model(SpaceEnv())
+    learn(model, tmp_path, 20, 10)
+    if reset:
+        other = model
+    else:
+        other = MRQ.load(list_checkpoints(tmp_path)[0].path / "model.zip", env=SpaceEnv(), device="cpu")
+    other.learn(30, callback=ResumableCheckpointCallback(10, tmp_path, keep_last=1))
+    assert steps(tmp_path) == [30, 20, 10]
+    # Of a resumed one they do not
+    learn(MRQ.resume(tmp_path, SpaceEnv(), device="cpu"), tmp_path, 10, 10, keep_last=1)
+    assert steps(tmp_path) == [40, 20, 10]
+
+
+def test_within_another_callback(tmp_path):
+    """That would tell it too little, and signals would be lost."""
+    nested = EveryNTimesteps(5, ResumableCheckpointCallback(10, tmp_path))
+    with pytest.raises(ValueError, match="not to EveryNTimesteps"):
+        tiny_model(SpaceEnv()).learn(20, callback=nested)
+    in_list = CallbackList([CallbackList([ResumableCheckpointCallback(10, tmp_path)])])
+    tiny_model(SpaceEnv()).learn(20, callback=in_list)
+    assert steps(tmp_path) == [20, 10]
 
 
 def test_wrong_arguments(tmp_path):
@@ -161,9 +206,46 @@ def test_damaged_checkpoint_is_passed_over(trained, tmp_path, file, how):
     with pytest.warns(UserWarning, match="000004_40_steps is damaged"):
         model = resume(copy)
     assert model.num_timesteps == 30
-    # And training goes on over it
+    # And training goes on over it; the one that can be used is kept until there are as many others
     learn(model, copy, 10, 10, keep_last=2)
+    assert [c.num_timesteps for c in list_checkpoints(copy)] == [40, 40, 30]
     assert resume(copy).num_timesteps == 40
+    learn(model, copy, 10, 10, keep_last=2)
+    assert [c.num_timesteps for c in list_checkpoints(copy)][:2] == [50, 40]
+    assert 30 not in [c.num_timesteps for c in list_checkpoints(copy)]
+
+
+def test_unreadable_replay_buffer_is_passed_over(trained, tmp_path, monkeypatch):
+    """A bad sector is an error of the disk, not wrong bits."""
+    _, folder = trained
+    load = MRQ.load_replay_buffer
+    models = []
+
+    def fail_first(self, path):
+        models.append(weakref.ref(self))
+        if len(models) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        # The memory of the one before is free again
+        assert models[0]() is None
+        load(self, path)
+
+    monkeypatch.setattr(MRQ, "load_replay_buffer", fail_first)
+    with pytest.warns(UserWarning, match="damaged, going back.*Input/output error"):
+        assert resume(folder).num_timesteps == 30
+
+
+@linux
+def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    learn(tiny_model(SpaceEnv()), tmp_path)
+    assert steps(tmp_path) == [20, 10]
 
 
 def test_all_damaged(trained, tmp_path):

@@ -253,10 +253,12 @@ def test_statistics_that_were_not_there(tmp_path):
         (lambda: make_vec_env(SpaceEnv, 2), "number of environments"),
     ],
 )
-def test_another_environment(env, match, tmp_path):
+@pytest.mark.parametrize("normalised", [False, True])
+def test_another_environment(env, match, normalised, tmp_path):
     """An error of the user is not taken for a damaged checkpoint."""
-    model = tiny_model(SpaceEnv())
+    model = tiny_model(VecNormalize(make_vec_env(SpaceEnv, 1)) if normalised else SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path, keep_last=None))
+    match = f"{match}|spaces must have the same shape"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=match):
@@ -269,6 +271,14 @@ def test_changed_while_resuming(tmp_path):
     resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", learning_rate=0.5, verbose=1)
     resumed.learn(5, reset_num_timesteps=False)
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_another_buffer_size_is_told(tmp_path):
+    model = tiny_model(SpaceEnv())
+    model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
+    with pytest.warns(UserWarning, match="keeps the 500 places it had, not buffer_size=900"):
+        resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", buffer_size=900)
+    assert resumed.buffer_size == resumed.replay_buffer.buffer_size == 500
 
 
 def test_remaining_timesteps(tmp_path):
@@ -293,9 +303,9 @@ def test_compiled_where_it_was_compiled(tmp_path, monkeypatch):
     resumed = MRQ.resume(list_checkpoints(tmp_path)[-1].path, SpaceEnv(), device="cpu")
     resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
     assert compiled == [False, True, False, True]
-    # What follows is decided anew
+    # What follows stays compiled
     resumed.learn(5, reset_num_timesteps=False)
-    assert compiled[-1] is False
+    assert compiled == [False, True, False, True]
 
 
 def test_nothing_there(tmp_path):

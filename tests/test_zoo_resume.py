@@ -3,6 +3,8 @@ rl-zoo3's training command writes checkpoints and goes on from them.
 """
 
 import argparse
+import contextlib
+import shutil
 
 import pytest
 import rl_zoo3.exp_manager
@@ -40,9 +42,15 @@ def train(config, folder, *arguments):
     return max((folder / "mrq").iterdir(), key=lambda path: int(path.name.split("_")[-1]))
 
 
-@pytest.fixture(scope="module")
-def trained(config, tmp_path_factory):
+@pytest.fixture
+def trained(cut_short, tmp_path):
     """The folder of a run of rl-zoo3 that was cut short."""
+    return shutil.copytree(cut_short, tmp_path / "trained" / cut_short.name)
+
+
+@pytest.fixture(scope="module")
+def cut_short(config, tmp_path_factory):
+    """Not to be changed."""
     return train(config, tmp_path_factory.mktemp("logs"), "-n", "70", "--seed", "7")
 
 
@@ -70,11 +78,26 @@ def test_resumed_by_the_training_command(trained, config, tmp_path, monkeypatch)
     assert (before, size, model.num_timesteps, model.seed) == (70, 70, 100, 7)
     assert model._n_updates == 80
     assert model.get_vec_normalize_env().obs_rms.count > 100
-    assert steps(folder) == [100, 90]
+    # Its checkpoints follow those that it goes on from, so that the same command resumes it again
+    assert steps(trained) == [100, 90, 70, 60, 30] and not (folder / "checkpoints").exists()
     # From one checkpoint, up to where the run was to end
     folder = train(config, tmp_path, "-i", str(list_checkpoints(trained / "checkpoints")[-1].path / "model.zip"))
     assert models[1][1] == 30 and models[1][0].num_timesteps == 70
     assert steps(folder) == [70, 60]
+
+
+def test_damaged_checkpoint_is_passed_over(trained, config, tmp_path):
+    for file in ("checkpoint.json", "replay_buffer.pkl", "model.zip"):
+        copy = shutil.copytree(trained, tmp_path / file / "copy")
+        (list_checkpoints(copy / "checkpoints")[0].path / file).unlink()
+        with contextlib.nullcontext() if file == "model.zip" else pytest.warns(UserWarning, match="damaged, going back"):
+            train(config, tmp_path / file, "-i", str(copy), "-n", "75")
+        assert steps(copy)[:3] == [75, 70, 60]
+    # Not from another one than was asked for
+    oldest = list_checkpoints(copy / "checkpoints")[-1].path
+    (oldest / "checkpoint.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        train(config, tmp_path, "-i", str(oldest / "model.zip"))
 
 
 def test_what_can_be_continued_with(trained, tmp_path):

@@ -21,7 +21,7 @@ import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_mrq.checkpoints import INFO, MODEL, list_checkpoints
+from sb3_mrq.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.envs import rendering
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
@@ -129,10 +129,10 @@ def _newest_checkpoint(arguments: list[str]) -> list[str]:
         if (folder / CHECKPOINTS).is_dir():
             folder = folder / CHECKPOINTS
         if not (folder / INFO).exists():
-            found = list_checkpoints(folder)
-            if not found:
+            newest = newest_with_model(folder)
+            if newest is None:
                 raise ConfigurationError(f"There is no complete checkpoint in {folder}.")
-            folder = found[0].path
+            folder = newest
         arguments[i + 1] = str(folder / MODEL)
     return arguments
 

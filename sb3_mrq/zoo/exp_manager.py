@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import INFO
+from sb3_mrq.checkpoints import NAME, newest_with_model
 from sb3_mrq.zoo.configuration import (
     ConfigurationError,
     check_configuration_file,
@@ -139,15 +139,25 @@ class MRQExperimentManager(ExperimentManager):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         checkpoint = Path(self.trained_agent).parent
-        if self.algo != "mrq" or not (checkpoint / INFO).exists():
+        name = NAME.fullmatch(checkpoint.name)
+        if self.algo != "mrq" or name is None:
             return super()._load_pretrained_agent(hyperparams, env)
         print(f"Resuming from the checkpoint {checkpoint}")
+        source, prefix = checkpoint, name["prefix"]
+        if checkpoint == newest_with_model(checkpoint.parent, prefix):
+            # From the newest one the run goes on where it was: in the same folder, and from the one before it if it is damaged
+            source = checkpoint.parent
+            default = Path(self.save_path) / CHECKPOINTS
+            for callback in self.callbacks:
+                if isinstance(callback, ResumableCheckpointCallback) and callback.save_path == default:
+                    callback.save_path = source
         # As rl-zoo3 does; but the seed stays, from which those of the environments are made
         kwargs = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
         self._resumed = MRQ.resume(
-            checkpoint,
+            source,
             env,
             self.device,
+            prefix,
             tensorboard_log=self.tensorboard_log,
             verbose=self.verbose,
             **kwargs,

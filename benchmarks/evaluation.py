@@ -4,8 +4,12 @@ Evaluation during training, as the benchmarks do it: before the first step and e
 
 import csv
 import platform
+import subprocess
 import time
-from importlib.metadata import version
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,15 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, sync_envs_normalization
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+import sb3_mrq
 from sb3_mrq import MRQ
 from sb3_mrq.diagnostics.episodes import no_side_effects
+
+# Section 5 of the paper's appendix: now and then, on Atari
+RANDOM_ACTIONS = 0.001
 
 COLUMNS = ("env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds")
 
@@ -33,12 +41,39 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def commit(folder: Path) -> str | None:
+    """
+    :param folder: with a package
+    :return: commit of the git repository that the package is part of, with "-dirty" where it was changed since. None for an
+        installed package.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # A package may be installed inside of another repository
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--exclude", "*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def versions() -> str:
     """
-    :return: versions of Python and of the packages that results depend on
+    :return: versions of Python and of the packages that results depend on, as far as they are installed
     """
-    names = ("stable-baselines3", "torch", "gymnasium", "numpy")
-    return f"python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in names)}"
+    found = [f"python {platform.python_version()}"]
+    optional = ("rl-zoo3", "mujoco", "dm-control", "ale-py")
+    for name in ("sb3-mrq", "stable-baselines3", "torch", "gymnasium", "numpy", *optional):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+        if name == "sb3-mrq":
+            of = commit(Path(sb3_mrq.__file__).parent)
+            found[-1] += f" ({of})" if of else ""
+    return ", ".join(found)
 
 
 def machine(device: str | th.device) -> str:
@@ -62,8 +97,15 @@ class RandomActions(VecEnvWrapper):
     def __init__(self, venv: VecEnv, probability: float, seed: int):
         super().__init__(venv)
         self.probability = probability
+        self._seed(seed)
+
+    def _seed(self, seed: int | None) -> None:
         self.random = np.random.default_rng(seed)
         self.action_space.seed(seed)
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        self._seed(seed)
+        return super().seed(seed)
 
     def reset(self) -> VecEnvObs:
         return self.venv.reset()
@@ -78,10 +120,43 @@ class RandomActions(VecEnvWrapper):
         return self.venv.step_wait()
 
 
+def papers_atari(env: VecEnv, seed: int) -> VecEnv:
+    """
+    :param env: Atari games to evaluate on
+    :param seed: of the random actions
+    :return: the same with random actions, as in the paper, and with the lengths of episodes in steps of the agent
+    """
+    env = RandomActions(env, RANDOM_ACTIONS, seed)
+    with warnings.catch_warnings():
+        # The Monitor inside counts raw frames, several to a step
+        warnings.filterwarnings("ignore", "The environment is already wrapped with a `Monitor`", UserWarning)
+        return VecMonitor(env)
+
+
+def copy_normalization(source: VecEnv, target: VecEnv) -> None:
+    """
+    Copy the statistics of ``VecNormalize``, wherever that is among the wrappers on either side.
+
+    :param source: environments to train on
+    :param target: environments to evaluate on
+    """
+    ours, theirs = unwrap_vec_normalize(source), unwrap_vec_normalize(target)
+    if ours is None:
+        return
+    if theirs is None:
+        raise ValueError("The environments are normalized for training, but not for evaluation.")
+    if hasattr(ours, "obs_rms"):  # not without norm_obs
+        theirs.obs_rms = deepcopy(ours.obs_rms)
+    theirs.ret_rms = deepcopy(ours.ret_rms)
+
+
 class EvaluationCallback(BaseCallback):
     """
-    Evaluate every so many steps and before the first one, append the returns to a CSV file, and stop where the task is solved.
-    Where a resumed run goes on, so does its file, from the step that it was resumed at.
+    Evaluate before the first step, every so many steps and at the end, append the returns to a CSV file, and stop where the
+    task is solved. Where a resumed run goes on, so does its file, from the step that it was resumed at.
+
+    The first evaluation has the seed that the environments come with, all others their own ones from the seed of the model, so
+    that a resumed run is evaluated on the episodes that one without a break is.
 
     :param env: evaluation environments
     :param path: CSV file; its heading is written where it does not exist
@@ -103,35 +178,46 @@ class EvaluationCallback(BaseCallback):
     def _on_training_start(self) -> None:
         self.start = time.monotonic()
         self.next_evaluation = 0
+        self.n_evaluations = 0
         if self.num_timesteps > 0:
             self._go_on()
         self._evaluate_if_due()
 
     def _go_on(self) -> None:
-        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+        self._plan_next()
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["timesteps"]) <= self.num_timesteps]
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        self.n_evaluations = len(rows)
         # As it was in the checkpoint
         self.start -= self.model.training_seconds  # type: ignore[attr-defined]
+
+    def _plan_next(self) -> None:
+        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+        end = self.locals.get("total_timesteps", 0)
+        if self.num_timesteps < end:
+            self.next_evaluation = min(self.next_evaluation, end)
 
     def _evaluate_if_due(self) -> bool:
         if self.num_timesteps < self.next_evaluation:
             return True
-        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+        self._plan_next()
         started = time.monotonic()
-        vec_normalize = self.model.get_vec_normalize_env()
-        if vec_normalize is not None:
-            sync_envs_normalization(vec_normalize, self.env)
+        assert self.model.env is not None
+        copy_normalization(self.model.env, self.env)
         # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
         deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
         with no_side_effects(self.model):
+            if self.n_evaluations and self.model.seed is not None:
+                entropy = [self.model.seed + 1000, self.n_evaluations]
+                self.env.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
             returns, lengths = evaluate_policy(
                 self.model, self.env, self.n_episodes, deterministic=deterministic, return_episode_rewards=True
             )
+        self.n_evaluations += 1
         row = (
             self.task,
             self.num_timesteps,

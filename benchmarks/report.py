@@ -4,7 +4,9 @@ Make the report of a study: learning curves, aggregate scores, a table and one p
     python -m benchmarks.report runs/dmc/results.csv --out runs/dmc/report
     python -m benchmarks.report benchmarks/results/mrq-*.csv --published <folder> --out runs/report
 
-It takes the tables of ``benchmarks.study`` and the files of ``benchmarks.learning``.
+It takes the tables of ``benchmarks.study`` and the files of ``benchmarks.learning``. Algorithms are compared at the last step
+that all runs of a task have been evaluated at; those of ``benchmarks.learning`` that ``--until`` has stopped keep their last
+return from there on. The page names them, and all runs that ended before others.
 
 ``--published`` names a folder with the returns that the paper's authors published (``gym.csv``, ``dmc.csv``,
 ``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on). They are not part of this
@@ -17,6 +19,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +41,85 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 PUBLISHED_COLOR = "#888888"
 PUBLISHED_NAME = "published"
 
+#: returns that count as 0 and 1, beside those of the DeepMind Control suite: fixed, as scores must not depend on what else was
+#: run. CartPole has at most 500 steps, each with a reward of 1, and Acrobot at most 500 of -1. -100 on Acrobot and 200 on
+#: LunarLander are gymnasium's thresholds of solved tasks; LunarLander has no lowest return, so that 0 is put in the middle.
+RETURN_RANGES = {"CartPole-v1": (0.0, 500.0), "Acrobot-v1": (-500.0, -100.0), "LunarLander-v3": (-200.0, 200.0)}
+#: seeds that an interval takes
+MIN_SEEDS = 3
+#: what tells an evaluation from all others
+EVALUATION = ["task", "algorithm", "seed", "step"]
+
+
+def option(command: str, name: str) -> str | None:
+    """
+    :param command: a command line
+    :param name: of an option
+    :return: its value, None where it is not given
+    """
+    match = re.search(rf" --{name}[ =](\S+)", command)
+    return match[1] if match else None
+
 
 def read_results(path: Path) -> pd.DataFrame:
     """
     :param path: table of ``benchmarks.study``, or file of ``benchmarks.learning``
-    :return: columns task, algorithm, seed, step, return, versions and machine, among others
+    :return: columns task, algorithm, seed, step, return, versions, machine and solved (whether the run ended early as the task
+        was solved), among others
     """
     lines = path.read_text().splitlines()
     table = pd.read_csv(path, comment="#" if lines[0].startswith("#") else None)
     if "algorithm" in table:
-        return table
+        return table.assign(solved=False)
     heading = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    precision = re.search(r" --precision (\w+)", heading["command"])
-    products = re.search(r" --matmul-precision (\w+)", heading["command"])
+    command = heading["command"]
+    precision, products = option(command, "precision"), option(command, "matmul-precision")
+    if "precision" in heading:
+        precision, products = heading["precision"].split(",")[0], heading["precision"].split()[-1]
     # float32 with products in bfloat16 is another algorithm than plain float32
-    variants = [match[1] for match in (precision, products) if match and match[1] not in ("float32", "highest")]
+    variants = [name for name in (precision, products) if name not in (None, "float32", "highest")]
     algorithm = "-".join(["mrq", *variants])
     table = table.rename(columns={"env": "task", "timesteps": "step", "return_mean": "return"})
     short = ~table["task"].str.contains(r"-v\d+$")
     table.loc[short, "task"] = "dmc/" + table.loc[short, "task"] + "-v0"
-    return table.assign(algorithm=algorithm, versions=heading["versions"], machine=heading["machine"])
+    until = option(command, "until")
+    solved = until is not None and bool(table["return"].iloc[-1] >= float(until))
+    return table.assign(algorithm=algorithm, versions=heading["versions"], machine=heading["machine"], solved=solved)
+
+
+def read_all(paths: Sequence[Path]) -> pd.DataFrame:
+    """
+    :param paths: of tables and files
+    :return: all of their rows
+    :raises SystemExit: if an evaluation is there twice
+    """
+    results = pd.concat([read_results(path).assign(file=str(path)) for path in paths], ignore_index=True)
+    twice = results[results.duplicated(EVALUATION, keep=False)]
+    if len(twice):
+        task, algorithm, seed, step = twice.iloc[0][EVALUATION]
+        files = twice[(twice[EVALUATION] == twice.iloc[0][EVALUATION]).all(axis=1)]["file"]
+        raise SystemExit(
+            f"The evaluation of {algorithm} on {task}, seed {seed}, at step {step} is there twice: "
+            f"in {' and in '.join(files)}. Give each run once."
+        )
+    return results
+
+
+def carry_forward(results: pd.DataFrame) -> pd.DataFrame:
+    """
+    :param results: of all tasks
+    :return: the same, where runs that ended early as the task was solved have their last return at all later steps that others
+        of the task have. The column carried says which rows were added.
+    """
+    results = results.assign(carried=False)
+    if "solved" not in results:
+        return results
+    added = []
+    for (task, _, _), run in results[results["solved"].astype(bool)].groupby(EVALUATION[:3]):
+        last = run.loc[run["step"].idxmax()]
+        steps = results[results["task"] == task]["step"].unique()
+        added += [{**last, "step": step, "carried": True} for step in sorted(steps) if step > last["step"]]
+    return pd.concat([results, pd.DataFrame(added)], ignore_index=True) if added else results
 
 
 def read_published(folder: Path) -> pd.DataFrame:
@@ -80,69 +142,99 @@ def read_published(folder: Path) -> pd.DataFrame:
     return pd.concat([published, newer.assign(task=newer["task"].str.replace("-v4", "-v5"))])
 
 
-def at_step(frame: pd.DataFrame, step: int) -> np.ndarray:
+def at_step(frame: pd.DataFrame, step: int | None) -> pd.Series:
     """
     :param frame: results of one task and algorithm
     :param step: a step
-    :return: return of each seed that got there, at its last evaluation up to this step, (n_seeds,)
+    :return: return of each seed that was evaluated at this step and has a number there, by seed
     """
-    reached = frame.groupby("seed")["step"].transform("max") >= step
-    until = frame[reached & (frame["step"] <= step)].sort_values("step")
-    return until.groupby("seed")["return"].last().to_numpy(dtype=float)
+    return frame[frame["step"] == step].set_index("seed")["return"].dropna().sort_index().astype(float)
 
 
-def last_common_step(results: pd.DataFrame, task: str) -> int:
+def last_common_step(results: pd.DataFrame, task: str) -> int | None:
     """
     :param results: of all tasks
     :param task: a task
-    :return: last step that some run of every algorithm has reached
+    :return: last step that every run, all seeds of all algorithms, was evaluated at; None where there is none
     """
-    of_task = results[results["task"] == task]
-    return int(of_task.groupby("algorithm")["step"].max().min())
+    steps = results[results["task"] == task].groupby(["algorithm", "seed"])["step"]
+    return max(set.intersection(*(set(of_run) for _, of_run in steps)), default=None)
 
 
-def scale_of(task: str, results: pd.DataFrame, published: pd.DataFrame | None) -> tuple[float, float]:
+def remarks(results: pd.DataFrame) -> list[str]:
+    """
+    :param results: of all tasks, with what was carried forward
+    :return: a sentence for each run that is not compared with its return at the end of the others
+    """
+    sentences = []
+    for task, of_task in results.groupby("task", sort=False):
+        step, last = last_common_step(results, task), of_task["step"].max()
+        for (algorithm, seed), run in of_task.groupby(["algorithm", "seed"], sort=False):
+            name = f"{algorithm} on {task}, seed {seed}"
+            evaluated = run[~run["carried"]]
+            end = evaluated["step"].max()
+            if len(evaluated) < len(run):
+                sentences.append(f"* {name}: solved at {end:,} steps, with the return there from then on.")
+            elif end < last:
+                sentences.append(f"{name}: ended at {end:,} steps of {last:,}.")
+            if run[run["step"] == step]["return"].isna().any():
+                sentences.append(f"{name}: left out, as its return at {step:,} steps is not a number.")
+    return sentences
+
+
+def scale_of(task: str) -> tuple[float, float] | None:
     """
     :param task: a task
-    :param results: of all tasks
-    :param published: published returns, if there are any
-    :return: returns that count as 0 and 1: 0 and 1000 in the DeepMind Control suite, elsewhere the mean return before training
-        and that of the best algorithm, published or not, at the last common step
+    :return: returns that count as 0 and 1: 0 and 1000 in the DeepMind Control suite, elsewhere those of ``RETURN_RANGES``.
+        None for other tasks.
     """
-    if task.startswith(("dmc/", "dmc-visual/")):
-        return 0.0, 1000.0
-    of_task = results[results["task"] == task]
-    step = last_common_step(results, task)
-    best = [at_step(frame, step).mean() for _, frame in of_task.groupby("algorithm")]
-    if published is not None and (published["task"] == task).any():
-        best.append(at_step(published[published["task"] == task], step).mean())
-    low = float(of_task[of_task["step"] == 0]["return"].mean())
-    high = float(np.nanmax(best))
-    return low, high if high > low else low + 1.0
+    return (0.0, 1000.0) if task.startswith(("dmc/", "dmc-visual/")) else RETURN_RANGES.get(task)
 
 
-def scores(results: pd.DataFrame, published: pd.DataFrame | None) -> tuple[dict[str, np.ndarray], list[str]]:
+@dataclass
+class Scores:
+    """
+    Normalised returns at the last common step.
+
+    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as that with the fewest, the first ones.
+    :param tasks: those that all algorithms were run on and that have a scale
+    :param seeds: the seeds that are in it, by algorithm and task
+    :param left_out: why tasks are not in it
+    """
+
+    matrices: dict[str, np.ndarray]
+    tasks: list[str]
+    seeds: dict[str, dict[str, list[int]]]
+    left_out: dict[str, str]
+
+
+def scores(results: pd.DataFrame) -> Scores:
     """
     :param results: of all tasks
-    :param published: published returns, if there are any
-    :return: normalised returns at the last common step by algorithm, (n_seeds, n_tasks), and the tasks, which are those that
-        all of these algorithms were run on. Where they have different numbers of seeds the first ones are taken.
+    :return: their scores
     """
     algorithms = list(dict.fromkeys(results["algorithm"]))
-    tasks = [task for task, frame in results.groupby("task", sort=False) if set(frame["algorithm"]) == set(algorithms)]
-    by_algorithm: dict[str, list[np.ndarray]] = {algorithm: [] for algorithm in algorithms}
-    for task in tasks:
-        low, high = scale_of(task, results, published)
+    columns: dict[str, dict[str, pd.Series]] = {}
+    left_out = {}
+    for task, of_task in results.groupby("task", sort=False):
+        scale = scale_of(task)
         step = last_common_step(results, task)
-        for algorithm in algorithms:
-            frame = results[(results["task"] == task) & (results["algorithm"] == algorithm)]
-            by_algorithm[algorithm].append((at_step(frame, step) - low) / (high - low))
-    matrices = {}
-    for algorithm, columns in by_algorithm.items():
-        n_seeds = min(map(len, columns), default=0)
-        if n_seeds:
-            matrices[algorithm] = np.stack([column[:n_seeds] for column in columns], axis=1)
-    return matrices, tasks
+        values = {algorithm: at_step(of_task[of_task["algorithm"] == algorithm], step) for algorithm in algorithms}
+        missing = [algorithm for algorithm, of_seeds in values.items() if of_seeds.empty]
+        if missing:
+            left_out[task] = f"nothing of {', '.join(missing)}"
+        elif scale is None:
+            left_out[task] = "no returns are fixed that count as 0 and 1"
+        else:
+            low, high = scale
+            columns[task] = {algorithm: (of_seeds - low) / (high - low) for algorithm, of_seeds in values.items()}
+    matrices, seeds = {}, {}
+    for algorithm in algorithms if columns else ():
+        n_seeds = min(len(column[algorithm]) for column in columns.values())
+        used = {task: column[algorithm].iloc[:n_seeds] for task, column in columns.items()}
+        matrices[algorithm] = np.stack(list(used.values()), axis=1)
+        seeds[algorithm] = {task: [int(seed) for seed in column.index] for task, column in used.items()}
+    return Scores(matrices, list(columns), seeds, left_out)
 
 
 def intervals(matrices: Mapping[str, Any], function: Any, reps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -163,12 +255,13 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     :param matrices: normalised scores by algorithm
     :param reps: bootstrap samples
     :return: interquartile mean and optimality gap of each algorithm, and the probability that ``mrq`` (else its first variant,
-        else the first algorithm) improves on each of the others, each with its 95 % interval, None where there is but one seed
+        else the first algorithm) improves on each of the others, each with its 95 % interval, None where there are fewer than
+        ``MIN_SEEDS`` seeds, of which a bootstrap cannot tell
     """
     numbers: dict[str, Any] = {}
 
     def interval(limits: np.ndarray, *of: np.ndarray) -> list[float] | None:
-        return limits.tolist() if min(map(len, of)) > 1 else None
+        return limits.tolist() if min(map(len, of)) >= MIN_SEEDS else None
 
     def statistics(matrix: np.ndarray) -> np.ndarray:
         return np.array([metrics.aggregate_iqm(matrix), metrics.aggregate_optimality_gap(matrix)])
@@ -197,6 +290,19 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     return numbers
 
 
+def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, str]:
+    """
+    :param ours: returns of our seeds
+    :param theirs: returns of the published ones
+    :return: how far the means are apart in standard errors, negative where ours is lower, and what these are from: the spreads
+        of both (Welch), or that of the published ones alone where we have but one seed
+    """
+    spread = theirs.var(ddof=1)
+    own, source = (ours.var(ddof=1), "Welch") if len(ours) > 1 else (spread, "published spread")
+    error = np.sqrt(own / len(ours) + spread / len(theirs))
+    return float((ours.mean() - theirs.mean()) / error) if error > 0 else float("nan"), source
+
+
 def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """
     :param results: of all tasks
@@ -210,11 +316,10 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd
         theirs_of_task = published[published["task"] == task]
         steps = sorted(set(frame["step"]) & set(theirs_of_task["step"]) - {0})
         for step in steps:
-            ours, theirs = at_step(frame, step), theirs_of_task[theirs_of_task["step"] == step]["return"].to_numpy(dtype=float)
+            ours, theirs = at_step(frame, step).to_numpy(), at_step(theirs_of_task, step).to_numpy()
             if not len(ours):
                 continue
-            # The spread of ten seeds is the better known one, also for the error of our mean
-            error = theirs.std(ddof=1) * np.sqrt(1 / len(ours) + 1 / len(theirs))
+            errors, source = distance(ours, theirs)
             rows.append(
                 {
                     "task": task,
@@ -228,33 +333,73 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd
                     "published min": theirs.min(),
                     "published max": theirs.max(),
                     "at or above the lowest": bool((ours >= theirs.min()).all()),
-                    "standard errors": (ours.mean() - theirs.mean()) / error if error > 0 else 0.0,
+                    "standard errors": errors,
+                    "these from": source,
                 }
             )
     return pd.DataFrame(rows)
 
 
-def draw_curves(axes: Axes, task: str, results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]) -> None:
-    """Learning curves of one task: mean of the seeds, and their spread from the lowest to the highest."""
-    of_task = results[results["task"] == task]
-    last = of_task["step"].max()
+def panel_of(task: str, tasks: Sequence[str]) -> str:
+    """
+    :param task: a task
+    :param tasks: all tasks
+    :return: the task that it is drawn with: version 4 of a locomotion task with version 5, to which the same published returns
+        belong, every other one by itself
+    """
+    newer = task.removesuffix("-v4") + "-v5"
+    return newer if task.endswith("-v4") and newer in tasks else task
+
+
+def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]) -> None:
+    """Learning curves of one panel: mean of the seeds, and their spread from the lowest to the highest."""
+    tasks = results["task"].unique()
+    of_panel = results[[panel_of(task, tasks) == panel for task in results["task"]]]
+    last = of_panel["step"].max()
     if published is not None:
-        theirs = published[(published["task"] == task) & (published["step"] <= last)].groupby("step")["return"]
+        theirs = published[(published["task"] == panel) & (published["step"] <= last)].groupby("step")["return"]
         if len(theirs):
             axes.fill_between(theirs.min().index, theirs.min(), theirs.max(), color=PUBLISHED_COLOR, alpha=0.25, linewidth=0)
             axes.plot(theirs.mean().index, theirs.mean(), color=PUBLISHED_COLOR, linestyle="--", label=PUBLISHED_NAME)
-    for algorithm, frame in of_task.groupby("algorithm", sort=False):
+    for (task, algorithm), frame in of_panel.groupby(["task", "algorithm"], sort=False):
         # Only steps that all seeds have, so that the mean is always of the same ones
-        table = frame.pivot_table(index="step", columns="seed", values="return").dropna()
+        table = frame.pivot(index="step", columns="seed", values="return").dropna()
         axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colors[algorithm], alpha=0.2, linewidth=0)
-        label = f"{algorithm} ({table.shape[1]} seed{'s' if table.shape[1] > 1 else ''})"
-        axes.plot(table.index, table.mean(axis=1), color=colors[algorithm], marker="o", markersize=3, label=label)
-    axes.set_title(task)
+        on = "" if task == panel else f" on {task}"
+        label = f"{algorithm}{on} ({table.shape[1]} seed{'s' if table.shape[1] > 1 else ''})"
+        style = ":o" if on else "-o"
+        axes.plot(table.index, table.mean(axis=1), style, color=colors[algorithm], markersize=3, label=label)
+    axes.set_title(panel)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x else "0"))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_overview(
+    panels: Sequence[str], results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]
+) -> Figure:
+    """All panels in one figure, with the numbers of seeds in each, and what lines and bands are."""
+    # Rows that are full, or nearly
+    n_columns = 2 if len(panels) == 4 else min(3, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    size = (4.2 * n_columns, 3.3 * n_rows + 0.3)
+    figure, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    grey = False
+    for axis, panel in zip(grid.flat, panels, strict=False):
+        draw_curves(axis, panel, results, published, colors)
+        shown = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        grey |= shown.pop(PUBLISHED_NAME, None) is not None
+        axis.legend(shown.values(), shown.keys(), fontsize=7, frameon=False, loc="upper left")
+    for axis in grid.flat[len(panels) :]:
+        axis.set_visible(False)
+    caption = "Lines: mean over seeds. Bands: from the lowest seed to the highest."
+    if published is not None and grey:
+        caption += f" Grey: the {published['seed'].nunique()} published seeds"
+        caption += ", of v4 where v5 is shown." if any(re.fullmatch(r"\w+-v5", panel) for panel in panels) else "."
+    figure.supxlabel(caption, fontsize=9)
+    return figure
 
 
 def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, label: str) -> None:
@@ -284,18 +429,21 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.DataFrame:
     """
-    :param results: of all tasks
+    :param results: of all tasks, with what was carried forward
     :param published: published returns, if there are any
-    :return: a row for every task: the last common step, and mean and standard deviation of each algorithm there
+    :return: a row for every task: the last common step, and mean and standard deviation of each algorithm there, with a star
+        where something was carried forward
     """
     rows = []
     for task in dict.fromkeys(results["task"]):
         step = last_common_step(results, task)
-        row: dict[str, Any] = {"task": task, "steps": f"{step:,}"}
+        row: dict[str, Any] = {"task": task, "steps": "none in common" if step is None else f"{step:,}"}
         for algorithm, frame in results[results["task"] == task].groupby("algorithm", sort=False):
             values = at_step(frame, step)
-            spread = f" ± {values.std(ddof=1):.0f}" if len(values) > 1 else ""
-            row[algorithm] = f"{values.mean():.0f}{spread} ({len(values)})"
+            if len(values):
+                spread = f" ± {values.std(ddof=1):.0f}" if len(values) > 1 else ""
+                star = "*" if frame[frame["step"] == step]["carried"].any() else ""
+                row[algorithm] = f"{values.mean():.0f}{spread} ({len(values)}){star}"
         if published is not None:
             values = at_step(published[published["task"] == task], step)
             if len(values):
@@ -352,6 +500,89 @@ def picture(name: str, description: str) -> str:
     return f'<a href="{name}.svg"><img src="{name}.png" alt="{html.escape(description)}"></a>'
 
 
+def html_list(lines: Sequence[str]) -> str:
+    """
+    :param lines: texts
+    :return: HTML that lists them
+    """
+    return "\n".join(["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]) if lines else ""
+
+
+def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[str, str]) -> list[str]:
+    """
+    :param of: scores
+    :param numbers: aggregates of them
+    :param out: folder for the figures
+    :param colors: by algorithm
+    :return: HTML
+    """
+    sections = ["<h2>Over all tasks</h2>"]
+    not_in_it = html_list([f"{task}: {reason}" for task, reason in of.left_out.items()])
+    if not of.matrices:
+        nothing = "There is no task that all algorithms were run on and that has a fixed scale, hence nothing over all tasks."
+        return [*sections, f'<p class="note">{nothing}</p>', not_in_it]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.7 + 0.45 * len(of.matrices)), sharey=True)
+    for axis, key, name in zip(axes, ("iqm", "optimality_gap"), ("Interquartile mean", "Optimality gap"), strict=True):
+        rows = [(a, numbers[a][key]["value"], numbers[a][key]["interval"], colors[a]) for a in of.matrices]
+        draw_intervals(axis, rows, name, "normalised return, higher is better" if key == "iqm" else "lower is better")
+    save(figure, out, "aggregates")
+    few = min(map(len, of.matrices.values()))
+    sections += [
+        f'<p class="note">Over {len(of.tasks)} tasks, with 95 % intervals of a bootstrap stratified by task where there are '
+        f"at least {MIN_SEEDS} seeds. "
+        + ("Those of fewer than 5 seeds are too narrow. " if few < 5 else "")
+        + "Every task counts with as many seeds as that with the fewest has: "
+        + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in of.matrices.items())
+        + ". Returns are normalised, 0 to 1000 in the DeepMind Control suite; elsewhere "
+        + ", ".join(f"{low:.0f} to {high:.0f} on {task}" for task, (low, high) in RETURN_RANGES.items())
+        + f". {'Left out:' if of.left_out else ''}</p>",
+        not_in_it,
+        picture("aggregates", "interquartile mean and optimality gap of each algorithm"),
+        "<details><summary>Seeds that are in it</summary>",
+        html_list(
+            [
+                f"{algorithm}: " + "; ".join(f"{task} {', '.join(map(str, seeds))}" for task, seeds in by_task.items())
+                for algorithm, by_task in of.seeds.items()
+            ]
+        ),
+        "</details>",
+    ]
+    improvement = "probability_that_it_is_improved_on"
+    improved = {name: row[improvement] for name, row in numbers.items() if improvement in row}
+    if improved:
+        figure, axis = plt.subplots(figsize=(6, 0.7 + 0.45 * len(improved)))
+        by = next(iter(improved.values()))["by"]
+        rows = [(f"{by} over {name}", row["value"], row["interval"], colors[name]) for name, row in improved.items()]
+        draw_intervals(axis, rows, "Probability of improvement", "probability that a run is better than one of the other")
+        axis.axvline(0.5, color="black", linewidth=1, linestyle=":")
+        axis.set_xlim(0, 1.02)
+        save(figure, out, "improvement")
+        sections.append(picture("improvement", f"probability that {by} improves on each other algorithm"))
+    return sections
+
+
+def against_published(results: pd.DataFrame, published: pd.DataFrame, out: Path) -> list[str]:
+    """
+    :param results: of all tasks
+    :param published: published returns
+    :param out: folder for the table
+    :return: HTML
+    """
+    comparison = compare_with_published(results, published)
+    if not len(comparison):
+        return []
+    comparison.to_csv(out / "published.csv", index=False, float_format="%.2f")
+    last = comparison[comparison["step"] == comparison.groupby(["task", "algorithm"])["step"].transform("max")]
+    return [
+        "<h2>Against the published results</h2>",
+        '<p class="note">At the last step that both have, of all seeds that got there. "standard errors" is the distance of '
+        "the means, negative where ours is lower, in standard errors of their difference, &radic;(s&sup2;/n + s&sup2;/n) of "
+        "ours and theirs (Welch). The spread of a single seed of ours is not known, and the published one stands in for it; "
+        'that of a few is itself uncertain. All steps: <a href="published.csv">published.csv</a>.</p>',
+        last.round(1).to_html(index=False, border=0),
+    ]
+
+
 def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path, title: str, reps: int = 5000) -> None:
     """
     :param results: rows of ``benchmarks.study``
@@ -364,92 +595,41 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     algorithms = list(dict.fromkeys(results["algorithm"]))
     colors = {algorithm: COLORS[k % len(COLORS)] for k, algorithm in enumerate(algorithms)}
     tasks = list(dict.fromkeys(results["task"]))
-    sections = []
+    as_evaluated, results = results, carry_forward(results)
 
     table = final_table(results, published)
     (out / "table.md").write_text(markdown(table) + "\n")
-    sections += [
+    sections = [
         "<h2>Returns</h2>",
-        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step that all algorithms have '
-        "reached; of the published results mean and range of ten seeds.</p>",
+        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step that all runs of the task '
+        "were evaluated at; of the published results mean and range.</p>",
         table.to_html(index=False, border=0),
+        html_list(remarks(results)),
     ]
 
-    numbers: dict[str, Any] = {}
-    matrices, common = scores(results, published)
-    if matrices:
-        numbers = aggregates(matrices, reps)
-        figure, axes = plt.subplots(1, 2, figsize=(10, 0.7 + 0.45 * len(matrices)), sharey=True)
-        for axis, key, name in zip(axes, ("iqm", "optimality_gap"), ("Interquartile mean", "Optimality gap"), strict=True):
-            rows = [(a, numbers[a][key]["value"], numbers[a][key]["interval"], colors[a]) for a in matrices]
-            draw_intervals(axis, rows, name, "normalised return, higher is better" if key == "iqm" else "lower is better")
-        save(figure, out, "aggregates")
-        sections += [
-            "<h2>Over all tasks</h2>",
-            f'<p class="note">Over the {len(common)} tasks that all algorithms were run on, with 95 % intervals of a '
-            "bootstrap stratified by task, which a single seed does not have. Seeds: "
-            + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in matrices.items())
-            + ". Returns are normalised: 0 to 1000 in the DeepMind Control suite; elsewhere from "
-            "the return before training to that of the best algorithm.</p>",
-            picture("aggregates", "interquartile mean and optimality gap of each algorithm"),
-        ]
-        improved = {name: row["probability_that_it_is_improved_on"] for name, row in numbers.items() if len(row) > 3}
-        if improved:
-            figure, axis = plt.subplots(figsize=(6, 0.7 + 0.45 * len(improved)))
-            by = next(iter(improved.values()))["by"]
-            rows = [(f"{by} over {name}", row["value"], row["interval"], colors[name]) for name, row in improved.items()]
-            draw_intervals(axis, rows, "Probability of improvement", "probability that a run is better than one of the other")
-            axis.axvline(0.5, color="black", linewidth=1, linestyle=":")
-            axis.set_xlim(0, 1.02)
-            save(figure, out, "improvement")
-            sections.append(picture("improvement", f"probability that {by} improves on each other algorithm"))
-
-    else:
-        sections.append('<p class="note">There is no task that all algorithms were run on, hence nothing over all tasks.</p>')
-
+    of = scores(results)
+    numbers = aggregates(of.matrices, reps) if of.matrices else {}
+    sections += over_all_tasks(of, numbers, out, colors)
     if published is not None:
-        comparison = compare_with_published(results, published)
-        if len(comparison):
-            comparison.to_csv(out / "published.csv", index=False, float_format="%.2f")
-            last = comparison[comparison["step"] == comparison.groupby(["task", "algorithm"])["step"].transform("max")]
-            sections += [
-                "<h2>Against the published results</h2>",
-                '<p class="note">At the last step that both have. "standard errors" is the distance of the means, negative '
-                'where ours is lower. All steps: <a href="published.csv">published.csv</a>.</p>',
-                last.round(1).to_html(index=False, border=0),
-            ]
+        sections += against_published(as_evaluated, published, out)
 
     sections += ["<h2>Learning curves</h2>", '<p class="note">Mean over seeds, and the range from the lowest to the highest.']
     sections[-1] += " Grey: published.</p>" if published is not None else "</p>"
     sections.append('<div class="curves">')
-    for task in tasks:
+    panels = list(dict.fromkeys(panel_of(task, tasks) for task in tasks))
+    for panel in panels:
         figure, axis = plt.subplots(figsize=(5, 3.6))
-        draw_curves(axis, task, results, published, colors)
+        draw_curves(axis, panel, results, published, colors)
         axis.legend(fontsize=8, frameon=False)
-        sections.append(picture(save(figure, out, task.replace("/", "_")), f"learning curves on {task}"))
+        sections.append(picture(save(figure, out, panel.replace("/", "_")), f"learning curves on {panel}"))
     sections.append("</div>")
+    save(draw_overview(panels, results, published, colors), out, "overview")
 
-    # Rows that are full, or nearly
-    n_columns = 2 if len(tasks) == 4 else min(3, len(tasks))
-    n_rows = -(-len(tasks) // n_columns)
-    figure, grid = plt.subplots(
-        n_rows, n_columns, figsize=(4.2 * n_columns, 3.1 * n_rows), squeeze=False, layout="constrained"
-    )
-    for axis, task in zip(grid.flat, tasks, strict=False):
-        draw_curves(axis, task, results, published, colors)
-    for axis in grid.flat[len(tasks) :]:
-        axis.set_visible(False)
-    entries: dict[str, Any] = {}
-    for axis in grid.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label.split(" (")[0], handle)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), frameon=False)
-    save(figure, out, "overview")
-
-    machines = sorted(set(results["machine"])) if "machine" in results else []
-    versions = sorted(set(results["versions"])) if "versions" in results else []
-    sections += ["<h2>Made with</h2>", "<ul>", *(f"<li>{html.escape(line)}</li>" for line in (*versions, *machines)), "</ul>"]
-    (out / "numbers.json").write_text(json.dumps({"tasks": common, "algorithms": numbers}, indent=2) + "\n")
+    machines = sorted(set(results["machine"].dropna())) if "machine" in results else []
+    versions = sorted(set(results["versions"].dropna())) if "versions" in results else []
+    sections += ["<h2>Made with</h2>", html_list([*versions, *machines])]
+    summary = {"tasks": of.tasks, "left_out": of.left_out, "seeds": of.seeds, "algorithms": numbers}
+    (out / "numbers.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "index.html").write_text(page(title, sections))
 
 
@@ -461,7 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--title", default="MR.Q")
     parser.add_argument("--reps", type=int, default=5000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(arguments)
-    results = pd.concat([read_results(path) for path in args.results], ignore_index=True)
+    results = read_all(args.results)
     published = read_published(args.published) if args.published else None
     make_report(results, published, args.out, args.title, args.reps)
     print(f"{args.out / 'index.html'}")

@@ -1,31 +1,41 @@
 """
 Train every task, algorithm and seed of a study, several at once, and gather the results in one table.
 
-    python -m benchmarks.study --suite dmc --algos mrq,td3,sac --seeds 3 --steps 30000 --out runs/dmc
+    python -m benchmarks.study --suite dmc --algos mrq,td3,sac --seeds 3 --steps 30000
     python -m benchmarks.study --tasks CartPole-v1 Acrobot-v1 --algos mrq,dqn,qrdqn --seeds 2 --steps 30000 --out runs/discrete
 
 Each run is rl-zoo3's training script, with its hyperparameters, in a process of its own; it evaluates every so many steps,
 before the first one too. When the same command is given again, runs that are finished are skipped, and those that were broken
-off go on from their last checkpoint (those of other algorithms than MRQ begin anew). Runs that fail are named at the end.
-``<out>/results.csv`` holds a row for every evaluation of every finished run in the folder, those of other commands too.
+off go on from their last checkpoint (those of other algorithms than MRQ begin anew). What was run with other settings is never
+deleted: its folder is renamed. Runs that fail are named at the end. ``<out>/results.csv`` holds a row for every evaluation of
+every finished run in the folder, those of other commands too.
+
+SIGTERM, a terminal that is closed and Ctrl-C end the study and its runs, those of MRQ with a checkpoint.
 
 ``--backend ray`` distributes the runs over a Ray cluster whose machines share the folder ``--out``.
 """
 
 import argparse
+import contextlib
 import csv
+import fcntl
+import itertools
 import json
 import os
+import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import IO, Any
 
 import rl_zoo3
 import yaml
@@ -33,7 +43,8 @@ from tqdm import tqdm
 
 from benchmarks.evaluation import COLUMNS
 from sb3_mrq.checkpoints import list_checkpoints
-from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION
+from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
+from sb3_mrq.files import atomic_file
 from sb3_mrq.zoo.configuration import closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
@@ -56,8 +67,13 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "mrq-uniform-replay": ("mrq", {"priority_alpha": "0.0"}),
 }
 
+#: preprocessing of the Atari games, for every algorithm
+ATARI_WRAPPER = f"sb3_mrq.envs.{AtariWrapper.__name__}"
 #: section of rl-zoo3's configuration for continuous control that it has none for
 ZOO_DEFAULTS = "HalfCheetah-v4"
+
+#: environment variable by which a run knows the process that waits for it
+STUDY_PROCESS = "SB3_MRQ_STUDY_PROCESS"
 
 RESULT_COLUMNS = ("task", "algorithm", "seed", "step", "return", "return_std", "length", "seconds", "versions", "machine")
 
@@ -100,11 +116,21 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its results depend on."""
-        settings = asdict(self)
-        for name in ("out", "threads"):
-            del settings[name]
-        return json.loads(json.dumps(settings))
+        """What its results depend on, but for rounding."""
+        return without_places(json.loads(json.dumps(asdict(self))))
+
+    def recorded_settings(self) -> dict[str, Any] | None:
+        """
+        :return: the settings of what is in its folder, None where nothing says so
+        """
+        settings = (read_json(self.folder / "run.json") or {}).get("settings") or read_json(self.folder / "settings.json")
+        return None if settings is None else without_places(settings)
+
+    def other_results(self) -> bool:
+        """
+        :return: whether its folder holds evaluations that are not, or not certainly, of a run with these settings
+        """
+        return (self.folder / "evaluations.csv").exists() and self.recorded_settings() != self.settings
 
     def command(self) -> list[str]:
         """The command that trains, which also takes what ``sb3-mrq train`` takes."""
@@ -126,16 +152,35 @@ class Run:
         """
         :return: whether there is a checkpoint of a run with these settings
         """
-        settings, checkpoints = self.folder / "settings.json", self.folder / CHECKPOINTS
-        same = settings.exists() and json.loads(settings.read_text()) == self.settings
-        return same and checkpoints.is_dir() and bool(list_checkpoints(checkpoints))
+        checkpoints = self.folder / CHECKPOINTS
+        return self.recorded_settings() == self.settings and checkpoints.is_dir() and bool(list_checkpoints(checkpoints))
 
     def finished(self) -> bool:
         """
         :return: whether it has been run to its end, with these settings
         """
-        record = self.folder / "run.json"
-        return record.exists() and json.loads(record.read_text()).get("settings") == self.settings
+        settings = (read_json(self.folder / "run.json") or {}).get("settings")
+        return settings is not None and without_places(settings) == self.settings
+
+
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param settings: of a run
+    :return: the same without where and how fast it is run
+    """
+    return {name: value for name, value in settings.items() if name not in ("out", "threads", "device")}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """
+    :param path: a file that may be absent, or cut short
+    :return: what is in it, None where that cannot be read
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
@@ -143,11 +188,17 @@ def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     :param algo: algorithm of rl-zoo3
     :param task: id of an environment
     :return: hyperparameters for a task that rl-zoo3 has none for: those of the same task in an older version, or those of
-        ``ZOO_DEFAULTS`` for the DeepMind Control suite. None where its own are to be used.
+        ``ZOO_DEFAULTS`` for the DeepMind Control suite. For an Atari game those of rl-zoo3, with MR.Q's preprocessing in place
+        of theirs, which would come on top of what the games do themselves. None where its own are to be used.
     """
-    if algo == "mrq" or task.startswith("ALE/"):
+    if algo == "mrq":
         return None
     sections = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
+    if task.startswith("ALE/"):
+        section = sections.get(task, sections.get("atari"))
+        wrappers = ("env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs")
+        kept = {name: value for name, value in (section or {}).items() if name not in wrappers}
+        return None if section is None else {**kept, "env_wrapper": ATARI_WRAPPER}
     base, _, number = task.rpartition("-v")
     if task in sections:
         return None
@@ -157,51 +208,121 @@ def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     return sections[ZOO_DEFAULTS] if task.startswith("dmc/") and ZOO_DEFAULTS in sections else None
 
 
+class InUseError(Exception):
+    """Another process is at work on the same run."""
+
+
+def lock(folder: Path) -> IO[str]:
+    """
+    Keep other studies away from a run. The lock belongs to the file that is returned, and thus to all processes that have it
+    open: to the run, too, which inherits it, and which may live on for a while where the study was killed.
+
+    :param folder: of the run
+    :return: the locked file, beside the folder, which may be renamed
+    :raises InUseError: if another process has locked it
+    """
+    file = folder.with_name(f"{folder.name}.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another study"
+        file.close()
+        raise InUseError(f"{folder} is in use by {holder}, which must end first.") from error
+    file.truncate(0)
+    return file
+
+
+def prepare(run: Run) -> None:
+    """
+    Make the folder of a run ready for it, with what it can go on from. Results of other settings are put aside.
+
+    :param run: what is about to be run
+    """
+    if run.other_results():
+        names = (run.folder.with_name(f"{run.folder.name}.old-{n}") for n in itertools.count(1))
+        run.folder.rename(next(name for name in names if not name.exists()))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not run.can_go_on():
+        (run.folder / "evaluations.csv").unlink(missing_ok=True)
+        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+        with atomic_file(run.folder / "settings.json") as file:
+            file.write(json.dumps(run.settings, indent=2).encode())
+    (run.folder / "run.json").unlink(missing_ok=True)
+    section = zoo_section(VARIANTS.get(run.algorithm, (run.algorithm,))[0], run.task)
+    if section is not None:
+        (run.folder / "hyperparams.yml").write_text(yaml.safe_dump({run.task: section}))
+
+
 def execute(run: Run) -> str | None:
     """
     :param run: what to run, in a new process
     :return: None, or what went wrong
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "run.json").unlink(missing_ok=True)
-    if not run.can_go_on():
-        (run.folder / "evaluations.csv").unlink(missing_ok=True)
-        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-        (run.folder / "settings.json").write_text(json.dumps(run.settings, indent=2) + "\n")
-    command = run.command()
-    section = zoo_section(VARIANTS.get(run.algorithm, (run.algorithm,))[0], run.task)
-    if section is not None:
-        (run.folder / "hyperparams.yml").write_text(yaml.safe_dump({run.task: section}))
-    environment = os.environ | {"OMP_NUM_THREADS": str(run.threads)}
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder / "log.txt"
-    with log.open("a") as file:
-        print(shlex.join(command), file=file, flush=True)
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        locked = lock(run.folder)
+    except InUseError as error:
+        return str(error)
+    with locked:
+        if run.finished():  # by another study, meanwhile
+            return None
+        prepare(run)
+        command = run.command()
+        environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), STUDY_PROCESS: str(os.getpid())}
+        with log.open("a") as file:
+            print(shlex.join(command), file=file, flush=True)
+            process = start(command, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=[locked.fileno()])
+        if process is None:
+            return "not begun, as the study was stopped"
+        print(f"process {process.pid} on {platform.node()}", file=locked, flush=True)
+    try:
+        code = process.wait()
+    finally:
         with running_lock:
-            running.add(process)
-        try:
-            code = process.wait()
-        finally:
-            with running_lock:
-                running.discard(process)
+            running.discard(process)
     if code:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1]
         return f"exit status {code}: {last} (see {log})"
-    record = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps({"settings": run.settings, **record}, indent=2) + "\n")
-    return None
+    return None if run.finished() else f"no record of what was run (see {log})"
+
+
+def start(command: list[str], **kwargs: Any) -> subprocess.Popen | None:
+    """
+    :param command: of a run
+    :param kwargs: as for ``subprocess.Popen``
+    :return: its process, None where the study is being stopped
+    """
+    with running_lock:
+        if stopping.is_set():
+            return None
+        # In a session of its own: Ctrl-C and the closing of a terminal come to it as the one SIGTERM that the study sends
+        process = subprocess.Popen(command, start_new_session=True, **kwargs)
+        running.add(process)
+        return process
+
+
+def stop() -> None:
+    """Nothing new is started, and what is running ends, MRQ with a checkpoint."""
+    with running_lock:
+        stopping.set()
+        for process in running:
+            process.terminate()
 
 
 running: set[subprocess.Popen] = set()
 running_lock = threading.Lock()
+stopping = threading.Event()
 
 
-def run_locally(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str | None]]:
+def run_locally(runs: list[Run], jobs: int) -> Generator[tuple[Run, str | None], None, None]:
     """
     :param runs: what to run
     :param jobs: how many at once
     :return: each with what went wrong, in the order in which they end
     """
+    stopping.clear()
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(execute, run): run for run in runs}
         try:
@@ -209,31 +330,38 @@ def run_locally(runs: list[Run], jobs: int) -> Iterator[tuple[Run, str | None]]:
                 error = future.exception()
                 yield futures[future], future.result() if error is None else repr(error)
         except BaseException:
-            # Ctrl-C: nothing new is started, and what is running ends, MRQ with a checkpoint
+            # Ctrl-C, or an error where the results are used
             pool.shutdown(wait=False, cancel_futures=True)
-            with running_lock:
-                for process in running:
-                    process.terminate()
+            stop()
             raise
 
 
-def run_on_ray(runs: list[Run], address: str | None) -> Iterator[tuple[Run, str | None]]:
+def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Generator[tuple[Run, str | None], None, None]:
     """
-    As ``run_locally``, on a Ray cluster, as many at once as it has processors for.
+    As ``run_locally``, on a Ray cluster.
 
     :param runs: what to run
     :param address: of the cluster, None for one on this machine
+    :param jobs: how many at once, None for as many as it has processors for
     """
     import ray
 
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    # Where Ray gives a task no share of a GPU, it hides all of them from it
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     remote = ray.remote(execute)
-    gpus = 0.25 if any(run.device == "cuda" for run in runs) else 0
-    waiting = {remote.options(num_cpus=run.threads, num_gpus=gpus, max_retries=0).remote(run): run for run in runs}
+
+    def submit(run: Run) -> Any:
+        gpus = gpu_share(run.device, has_gpus)
+        return remote.options(num_cpus=run.threads, num_gpus=gpus, max_retries=0).remote(run)
+
+    queue = iter(runs)
+    waiting = {submit(run): run for run in itertools.islice(queue, jobs)}
     try:
         while waiting:
             (done,), _ = ray.wait(list(waiting))
             run = waiting.pop(done)
+            waiting |= {submit(following): following for following in itertools.islice(queue, 1)}
             try:
                 yield run, ray.get(done)
             except ray.exceptions.RayError as error:
@@ -242,18 +370,30 @@ def run_on_ray(runs: list[Run], address: str | None) -> Iterator[tuple[Run, str 
         ray.shutdown()
 
 
+def gpu_share(device: str, has_gpus: bool) -> float:
+    """
+    :param device: of a run
+    :param has_gpus: whether the cluster has GPUs
+    :return: the part of a GPU that it needs, as several runs fit on one
+    """
+    return 0.25 if device.startswith("cuda") or (device == "auto" and has_gpus) else 0.0
+
+
 def finished_runs(out: Path) -> dict[Run, dict[str, Any]]:
     """
     :param out: folder of a study
     :return: the runs in it that were finished, whichever command began them, with what they wrote down at their end
     """
     runs = {}
+    out = out.resolve()
     for path in out.glob("runs/*/*/*/run.json"):
-        record = json.loads(path.read_text())
+        record = read_json(path) or {}
         settings = record.get("settings")
         if settings is not None:
-            run = Run(**settings | {"out": str(out.resolve()), "hyperparams": tuple(settings["hyperparams"])})
-            runs[run] = record
+            run = Run(**settings | {"out": str(out), "hyperparams": tuple(settings["hyperparams"])})
+            # Not those that were put aside
+            if run.folder == path.parent:
+                runs[run] = record
     return dict(sorted(runs.items(), key=lambda item: (item[0].task, item[0].algorithm, item[0].seed)))
 
 
@@ -267,8 +407,8 @@ def gather(runs: Iterable[Run], out: Path) -> int:
     """
     now = {run.folder: run for run in runs}
     finished = {run: record for run, record in finished_runs(out).items() if now.get(run.folder, run).settings == run.settings}
-    temporary = out / "results.tmp"
-    with temporary.open("w", newline="") as file:
+    # With a name of its own, as another study may be at the same table
+    with new_file(out / "results.csv") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(RESULT_COLUMNS)
         for run, record in finished.items():
@@ -279,8 +419,24 @@ def gather(runs: Iterable[Run], out: Path) -> int:
                     if int(row["timesteps"]) <= run.steps:
                         where = (record["versions"], record["machine"])
                         writer.writerow([run.task, run.algorithm, run.seed, row["timesteps"], *measured, *where])
-    temporary.replace(out / "results.csv")
     return len(finished)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[str]]:
+    """
+    :param path: of a file that others may be writing too
+    :return: a file that takes its place when it is complete
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w", newline="") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
@@ -298,13 +454,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     parser.add_argument("--eval-freq", type=int, help="steps between two evaluations (default: the paper's)")
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--hyperparams", nargs="+", default=[], metavar="NAME:VALUE", help="for all runs, as for rl-zoo3")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--out", type=Path, help="folder of the study (default: runs/study-<suite>, runs/study for --tasks)")
     parser.add_argument("--jobs", type=int, help="runs at once (default: one for each processor)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", choices=["local", "ray"], default="local")
     parser.add_argument("--ray-address", help="of a Ray cluster (default: one on this machine)")
     args = parser.parse_args(arguments)
+    args.out = args.out or Path("runs", f"study-{args.suite}" if args.suite else "study")
 
     algorithms = args.algos.split(",")
     known = {*rl_zoo3.ALGOS, *VARIANTS, "mrq"}
@@ -315,8 +472,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     # Seeds before tasks: a study that is broken off has something of every task
     for seed in range(args.seeds):
         for task in SUITES[args.suite][0] if args.suite else args.tasks:
-            _, steps, eval_freq = next((suite for suite in SUITES.values() if task in suite[0]), (None, None, 5_000))
-            if args.steps is None and steps is None:
+            _, papers, eval_freq = next((suite for suite in SUITES.values() if task in suite[0]), (None, None, 5_000))
+            steps = args.steps or papers
+            if steps is None:
                 parser.error(f"--steps is needed for {task}")
             for algorithm in algorithms:
                 runs.append(
@@ -324,8 +482,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
                         task,
                         algorithm,
                         seed,
-                        args.steps or steps,
-                        args.eval_freq or min(eval_freq, args.steps or eval_freq),
+                        steps,
+                        args.eval_freq or min(eval_freq, steps),
                         args.eval_episodes,
                         str(args.out.resolve()),
                         args.threads,
@@ -336,25 +494,70 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     return args, runs
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args, runs = parse(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
-    to_do = [run for run in runs if not run.finished()]
-    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before.")
-    jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // args.threads)
-    outcomes = run_on_ray(to_do, args.ray_address) if args.backend == "ray" else run_locally(to_do, jobs)
+@contextlib.contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """
+    Within it SIGTERM and SIGHUP do what Ctrl-C does, unless they are ignored, as by nohup.
+    """
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make(outcomes: Generator[tuple[Run, str | None], None, None], runs: list[Run], n_to_do: int, out: Path) -> dict[str, str]:
+    """
+    :param outcomes: runs with what went wrong, as they end
+    :param runs: all of the study
+    :param n_to_do: number of those to be made
+    :param out: folder of the study
+    :return: what went wrong, by name
+    """
     failures = {}
-    with tqdm(total=len(to_do), unit="run") as progress:
+    with contextlib.closing(outcomes), tqdm(total=n_to_do, unit="run") as progress:
         for run, failure in outcomes:
             progress.update()
             if failure is not None:
                 failures[run.name] = failure
                 progress.write(f"{run.name} failed")
-            gather(runs, args.out)
+            try:
+                gather(runs, out)
+            except Exception as error:  # such as a full disk, for now: the runs go on
+                progress.write(f"{out / 'results.csv'} could not be written: {error!r}")
+    return failures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args, runs = parse(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    to_do = [run for run in runs if not run.finished()]
+    table = args.out / "results.csv"
+    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before. Results go to {table}.")
+    for run in to_do:
+        if run.other_results():
+            print(f"{run.folder} has results of other settings and will be renamed to {run.folder.name}.old-<n>.")
+    jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // args.threads)
+    outcomes = run_on_ray(to_do, args.ray_address, args.jobs) if args.backend == "ray" else run_locally(to_do, jobs)
+    try:
+        with signals_as_ctrl_c():
+            failures = make(outcomes, runs, len(to_do), args.out)
+    except KeyboardInterrupt:
+        print(f"Stopped. {gather(runs, args.out)} runs are in {table}; the same command goes on.", flush=True)
+        sys.exit(128 + signal.SIGINT)
     n_in_table = gather(runs, args.out)
     n_finished = sum(run.finished() for run in runs)
     before = f", and {n_in_table - n_finished} of other commands" if n_in_table > n_finished else ""
-    print(f"{n_finished} of {len(runs)} runs are in {args.out / 'results.csv'}{before}.")
+    print(f"{n_finished} of {len(runs)} runs are in {table}{before}.")
     for name, failure in failures.items():
         print(f"FAILED {name}: {failure}")
     if failures:
@@ -362,4 +565,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, by which the workers of Ray can import what they are given to run
+    from benchmarks import study
+
+    study.main()

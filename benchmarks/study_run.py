@@ -2,24 +2,30 @@
 One run of ``benchmarks.study``: rl-zoo3's training script, with the benchmarks' evaluations in place of its own.
 
     python -m benchmarks.study_run <folder> <steps between evaluations> <episodes of one> <arguments of sb3-mrq train>
+
+A study that is killed takes its runs with it: they look for it now and then, and end as by SIGTERM, ``mrq`` with a checkpoint.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import rl_zoo3.train
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from benchmarks.evaluation import EvaluationCallback, RandomActions, machine, versions
+from benchmarks.evaluation import EvaluationCallback, machine, papers_atari, versions
+from benchmarks.study import STUDY_PROCESS, read_json
 from sb3_mrq.callbacks import ResumableCheckpointCallback
+from sb3_mrq.files import atomic_file
 from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
-# Section 5 of the paper's appendix: now and then, on Atari
-RANDOM_ACTIONS = 0.001
 # Steps between two checkpoints, from which a run of mrq goes on that was broken off
 CHECKPOINT_FREQ = 5_000
 
@@ -38,7 +44,7 @@ class StudyManager(MRQExperimentManager):
         env = self.create_envs(1, eval_env=True)
         env.seed(self.seed + 1000)
         if ExperimentManager.is_atari(self.env_name.gym_id):
-            env = RandomActions(env, RANDOM_ACTIONS, self.seed)
+            env = papers_atari(env, self.seed)
         if self.algo == "mrq":
             self.callbacks.append(ResumableCheckpointCallback(CHECKPOINT_FREQ, self.folder / CHECKPOINTS, keep_last=1))
         self.callbacks.append(
@@ -57,11 +63,28 @@ class StudyManager(MRQExperimentManager):
             sys.exit("stopped before the end")
         super().save_trained_model(model)
         record = {"versions": versions(), "machine": machine(model.device), "command": sys.argv}
-        (self.folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        settings = read_json(self.folder / "settings.json")
+        with atomic_file(self.folder / "run.json") as file:
+            file.write(json.dumps({"settings": settings, **record}, indent=2).encode())
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
 
+def end_with(parent: int) -> None:
+    """
+    :param parent: id of the process that has started this one, without which it is to end
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
+    if STUDY_PROCESS in os.environ:
+        end_with(int(os.environ[STUDY_PROCESS]))
     folder, freq, episodes, *arguments = sys.argv[1:]
     StudyManager.folder = Path(folder)
     StudyManager.evaluation_freq = int(freq)

@@ -32,13 +32,14 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import sb3_mrq.envs  # noqa: F401 registers the benchmark tasks
 from sb3_mrq import MRQ
+from sb3_mrq.diagnostics.episodes import no_side_effects
 
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
 class Evaluation(BaseCallback):
     """
-    Notes the mean return before training and every so many steps, with the seconds of training until then.
+    Notes the mean return before training, every so many steps and at the end, with the seconds of training until then.
 
     :param env_id: id of the environment
     :param freq: steps between two evaluations
@@ -59,13 +60,16 @@ class Evaluation(BaseCallback):
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        mean, _ = evaluate_policy(self.model, self.env, self.episodes)
+        # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
+        deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
+        with no_side_effects(self.model):
+            mean, _ = evaluate_policy(self.model, self.env, self.episodes, deterministic=deterministic)
         self.rows.append((self.num_timesteps, began - self.start, float(mean)))  # type: ignore[arg-type]
         # Evaluations do not count as training
         self.start += time.perf_counter() - began
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % self.freq == 0:
+        if self.num_timesteps % self.freq == 0 or self.num_timesteps == self.locals["total_timesteps"]:
             self._evaluate()
         return True
 

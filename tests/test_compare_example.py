@@ -4,12 +4,16 @@ The example that compares algorithms trains them all alike, notes every evaluati
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from envs import VECTOR, SpaceEnv, tiny_model
+from gymnasium import spaces
 from matplotlib import image
+from stable_baselines3.common.monitor import Monitor
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare.py"
 
@@ -18,14 +22,14 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare.py"
     "env_id, algorithms", [("Pendulum-v1", ["MRQ", "TD3", "SAC"]), ("CartPole-v1", ["MRQ", "DQN", "QR-DQN"])]
 )
 def test_compare(env_id, algorithms, tmp_path):
-    arguments = f"--env {env_id} --steps 40 --seeds 2 --eval-freq 20 --eval-episodes 1 --threads 1 --out {tmp_path}"
+    arguments = f"--env {env_id} --steps 45 --seeds 2 --eval-freq 20 --eval-episodes 1 --threads 1 --out {tmp_path}"
     process = subprocess.run(
         [sys.executable, SCRIPT, *arguments.split()], capture_output=True, text=True, timeout=300, env=dict(os.environ)
     )
     assert process.returncode == 0, process.stderr
     rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [(row["algorithm"], row["seed"], row["step"]) for row in rows] == [
-        (algorithm, seed, step) for algorithm in algorithms for seed in "01" for step in ("0", "20", "40")
+        (algorithm, seed, step) for algorithm in algorithms for seed in "01" for step in ("0", "20", "40", "45")
     ]
     for row in rows:
         assert float(row["seconds"]) >= 0
@@ -33,3 +37,22 @@ def test_compare(env_id, algorithms, tmp_path):
     assert process.stdout.splitlines()[-1] == str(tmp_path / "compare.png")
     assert image.imread(tmp_path / "compare.png").std() > 0.01
     assert (tmp_path / "compare.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("actions, deterministic", [(spaces.Discrete(3), False), (spaces.Box(-1, 1, (2,)), True)])
+def test_discrete_policies_are_evaluated_by_samples(actions, deterministic, monkeypatch):
+    """As in the benchmarks, and in the paper."""
+    evaluation = runpy.run_path(str(SCRIPT))["Evaluation"]("Pendulum-v1", 10, 1, 0)
+    evaluation.env = Monitor(SpaceEnv(VECTOR, actions))
+    model = tiny_model(SpaceEnv(VECTOR, actions))
+    seen = []
+    predict = model.predict
+
+    def noted(*args, deterministic, **kwargs):
+        seen.append(deterministic)
+        return predict(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(model, "predict", noted)
+    evaluation.init_callback(model)
+    evaluation.on_training_start({}, {})
+    assert set(seen) == {deterministic}

@@ -197,7 +197,7 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
         row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
         for mode in modes:
             model.learner.hyperparameters = replace(model.learner.hyperparameters, precision=precision)
-            model.learner.compile("compiled" in mode)
+            model.learner.set_compiled("compiled" in mode)
             release(model)
             model._device_training = None
             model._may_capture = "captured" in mode

@@ -1,5 +1,5 @@
 """
-An encoder of your own: any features extractor of Stable-Baselines3. It is trained by MR.Q's model-based objectives, with the
+Your own encoder: any features extractor of Stable-Baselines3. It is trained by MR.Q's model-based objectives, with the
 encoder's optimiser, and has a target copy like the rest of the encoder.
 
     python examples/custom_encoder.py

@@ -1,5 +1,5 @@
 """
-Observations that are a Dict of an image and a vector: MultiInputPolicy takes a CNN for each image and one MLP for the rest.
+Observations that are a Dict of an image and a vector: MultiInputPolicy uses a CNN for each image and one MLP for the rest.
 
     python examples/dict_observations.py
 """

@@ -1,5 +1,5 @@
 """
-Export a policy to ONNX, and run it with onnxruntime: no PyTorch where the agent acts.
+Export a policy to ONNX, and run it with onnxruntime: no PyTorch is needed to act.
 
     pip install onnx onnxscript onnxruntime
     python examples/export_onnx.py [model.zip] [policy.onnx]
@@ -20,7 +20,7 @@ STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 
 class DeterministicPolicy(nn.Module):
     """
-    What ``model.predict(obs, deterministic=True)`` computes, but for the bounds of Box actions: these are in [-1, 1] here.
+    What ``model.predict(obs, deterministic=True)`` computes, except for the bounds of Box actions: these are in [-1, 1] here.
 
     :param model: the model
     """

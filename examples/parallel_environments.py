@@ -1,6 +1,6 @@
 """
-Several environments in processes of their own. Each step of all of them is followed by as many training steps as there are
-environments (gradient_steps=-1), so that the ratio of training to experience, and with it what is learned, stays the same.
+Several environments, each in its own process. Each step of all of them is followed by as many training steps as there are
+environments (gradient_steps=-1), so that the ratio of training to experience stays the same.
 
     python examples/parallel_environments.py
 """

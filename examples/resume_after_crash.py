@@ -1,5 +1,5 @@
 """
-Resuming after a crash: stop this script in whatever way, `kill -9` included, and start it again. It goes on from the newest
+Resuming after a crash: stop this script in any way, including `kill -9`, and start it again. It continues from the newest
 checkpoint, with the replay buffer, the optimisers and the random generators of that moment.
 
     python examples/resume_after_crash.py
@@ -44,7 +44,7 @@ parser.add_argument("--crash-at", type=int, help="kill this process after so man
 args = parser.parse_args()
 
 env = gym.make("Pendulum-v1")
-# The last two are kept: should the newest have been damaged, the one before it is taken
+# The last two are kept: if the newest is damaged, the one before it is used
 callbacks: list[BaseCallback] = [ResumableCheckpointCallback(save_freq=max(STEPS // 10, 1), save_path=FOLDER, keep_last=2)]
 if args.crash_at is not None:
     callbacks.append(Crash(args.crash_at))

@@ -1,7 +1,7 @@
 """
 Search hyperparameters with Optuna. For rl-zoo3's own search see ``sb3-mrq train --algo mrq -optimize``.
 
-MR.Q is meant to need none of this; it is here for those whose task does.
+MR.Q is meant to work without; this is for tasks that need it.
 
     python examples/search.py
 """

@@ -1,14 +1,14 @@
 """
-Train MR.Q on a task and leave in one folder: the model, its evaluation, the course of training as CSV files and as a picture,
-a video, and a report of what the model has learned.
+Train MR.Q on a task and write to one folder: the model, its evaluation, the learning curve (CSV and PNG), a video, and a
+report of what the model has learned.
 
     python examples/train.py
     python examples/train.py --env HalfCheetah-v5 --steps 1000000 --seed 1
     python examples/train.py --env dmc/walker-walk-v0
     python examples/train.py --env ALE/Pong-v5
 
-Without arguments it trains small networks on a small task, to see it solved within minutes. Every other task gets the default
-hyperparameters, and as many steps as hyperparams/mrq.yml says.
+Without arguments it trains small networks on a small task, which is solved within minutes. Other tasks get the default
+hyperparameters and the number of steps in hyperparams/mrq.yml.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """
-VecNormalize: observations and rewards scaled by running statistics. The replay buffer stores them as they came, and normalises
-each batch with the statistics of the moment.
+VecNormalize: observations and rewards scaled by running statistics. The replay buffer stores the original values, and
+normalises each batch with the current statistics.
 
-MRQ does without: its rewards are scaled by their mean, and its networks normalise their layers. It helps where observations
-have scales that differ by orders of magnitude.
+MRQ works without it: rewards are scaled by their mean absolute value, and the networks use layer norm. It helps if the scales
+of observations differ by orders of magnitude.
 
     python examples/vec_normalize.py
 """
@@ -24,7 +24,7 @@ model.learn(STEPS)
 model.save("mrq_normalized")
 env.save("vec_normalize.pkl")
 
-# For evaluation: the same statistics, which stay as they are, and rewards as they come
+# For evaluation: the same statistics, which are not updated, and original rewards
 eval_env = VecNormalize.load("vec_normalize.pkl", make_vec_env("Pendulum-v1", seed=1000))
 eval_env.training = False
 eval_env.norm_reward = False

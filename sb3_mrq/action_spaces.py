@@ -32,8 +32,8 @@ class BoxActions:
             if not np.isfinite(float(high) - float(low)):
                 raise ValueError(
                     f"Box actions need finite bounds, a finite distance apart, but one dimension of {space} goes from "
-                    f"{low} to {high}: give bounds, for example with gymnasium.wrappers.RescaleAction or in the "
-                    "environment's action_space."
+                    f"{low} to {high}: give bounds in the environment's action_space, or with "
+                    "gymnasium.wrappers.TransformAction."
                 )
             if not low < high:
                 raise ValueError(

@@ -27,7 +27,7 @@ except ImportError:
 if TYPE_CHECKING:
     from sb3_mrq.device_replay import DeviceReplay
 
-# Flags of a place
+# Flags of a place. A stretch is an uninterrupted piece of an episode: all of it, but for a reset in the middle.
 STORED = 1  # holds a transition, not only an observation
 ENDED = 2  # the transition is the last of its stretch
 TERMINATED = 4  # ... and the episode terminated there
@@ -171,10 +171,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._flags = np.zeros(0, dtype=np.uint8)
         self._ages = np.zeros(0, dtype=np.uint8)
         self._priorities = PriorityTree(1)
-        # For each environment: first place of its ring; where in the ring the latest next observation stands or, if no
-        # stretch is running, the next first one will; whether one is running, and how many transitions it has
+        # First place of the ring of each environment
         self._ring = np.arange(self.n_envs) * self.buffer_size
+        # Where in its ring the latest next observation is or, if no stretch is running, the next first one will be
         self._head = np.zeros(self.n_envs, dtype=np.int64)
+        # Whether a stretch is running, and how many transitions it has
         self._running = np.zeros(self.n_envs, dtype=bool)
         self._length = np.zeros(self.n_envs, dtype=np.int64)
         self._last_next_obs: dict[str | None, np.ndarray] = {}
@@ -242,7 +243,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         """
         from sb3_mrq.device_replay import DeviceReplay
 
-        if self._mirror is None or self._mirror.device != device or not self._mirror.mirrors(self):
+        if self._mirror is None or self._mirror.device != device or not self._mirror.is_current(self):
             self.drop_mirror()
             self._mirror = DeviceReplay(self, device)
         return self._mirror
@@ -343,7 +344,13 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         stored_otherwise = False
         for key, storage in self._storages.items():
             if not storage.data.size:
-                storage.allocate(obs_[key], next_obs_[key])
+                try:
+                    storage.allocate(obs_[key], next_obs_[key])
+                except MemoryError as error:
+                    raise MemoryError(
+                        f"{self.buffer_size * self.n_envs} places of the replay buffer take more memory than there is: use a "
+                        f"smaller buffer_size. {error}"
+                    ) from error
             elif not storage.fits(obs_[key], next_obs_[key], beginning):
                 storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
             else:

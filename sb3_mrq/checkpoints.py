@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import GymEnv
@@ -289,7 +290,7 @@ def _check_files(path: Path) -> dict[str, Any]:
 def resume(
     model_class: type[SelfMRQ],
     folder: str | Path,
-    env: GymEnv,
+    env: GymEnv | str,
     device: th.device | str = "auto",
     name_prefix: str = "mrq",
     **kwargs: Any,
@@ -298,6 +299,7 @@ def resume(
     See :meth:`sb3_mrq.MRQ.resume`.
     """
     folder = Path(folder)
+    env = maybe_make_env(env, verbose=0)
     paths = [folder] if (folder / INFO).exists() else [c.path for c in list_checkpoints(folder, name_prefix)]
     if not paths:
         raise FileNotFoundError(errno.ENOENT, f"There is no complete checkpoint {name_prefix}_..._steps", str(folder))

@@ -1,13 +1,15 @@
 """
 What environments must give for MR.Q to learn from it: numbers, in the shape of the space, in a range that leaves room to
-compute.
+compute. And what became of environments that give nothing any more.
 """
 
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.preprocessing import get_obs_shape
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 # Largest absolute values that float32 leaves room to compute with: layer normalisation squares sums over an observation, and
 # a return is a sum of rewards
@@ -133,3 +135,52 @@ class ObservationChecks:
                     index = tuple(np.argwhere(~fine)[0])
                     given = f"{value[index]}{_where(key)}"
                     raise BadValueError(f"Environment {index[0]} gave the {name} {given}, which is not in {part},")
+
+
+def check_vec_normalize(env: VecNormalize | None) -> None:
+    """
+    :param env: the ``VecNormalize`` of the environments, if there is one
+    :raises ValueError: if the statistics of ``VecNormalize`` would make all that it normalises not a number
+    """
+    if env is None or not env.training:
+        return
+    statistics = [env.ret_rms] if env.norm_reward else []
+    if env.norm_obs:
+        statistics += list(env.obs_rms.values()) if isinstance(env.obs_rms, dict) else [env.obs_rms]
+    if not all(np.isfinite(value).all() for rms in statistics for value in (rms.mean, rms.var)):
+        raise ValueError(
+            "The running statistics of VecNormalize are not finite, as an observation or a reward was not: continue with "
+            "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, by way of set_env."
+        )
+
+
+def count_env_steps(env: VecEnv) -> list[int] | None:
+    """
+    :param env: the environments
+    :return: steps of each environment since it was made, whoever took them; None if no ``Monitor`` counts them
+    """
+    try:
+        return env.get_attr("total_steps") if all(env.env_is_wrapped(Monitor)) else None
+    except Exception:  # a dead worker, say, which is reported by the next step
+        return None
+
+
+def explain_dead_worker(env: VecEnv | None, error: BaseException, step: int) -> None:
+    """
+    :param env: the environments
+    :param error: raised by one of them
+    :param step: of the model
+    :raises RuntimeError: if it comes from a pipe to a process that has ended, of which it says nothing
+    """
+    if env is None or not isinstance(error, (EOFError, ConnectionError)):
+        return
+    processes = getattr(env.unwrapped, "processes", [])
+    for process in processes:
+        process.join(timeout=0.1)  # its pipe is closed a moment before it has ended
+    dead = [i for i, process in enumerate(processes) if not process.is_alive()]
+    if dead:
+        raise RuntimeError(
+            f"The process of environment {dead[0]} ended at step {step}, with exit code "
+            f"{processes[dead[0]].exitcode}: see its output, or run the environment in a DummyVecEnv, for the reason. The "
+            "replay buffer holds what came before; continue with new environments by way of set_env."
+        ) from error

@@ -82,7 +82,7 @@ class DeviceReplay:
         copy[:n].copy_(th.from_numpy(array[:n]))
         return copy
 
-    def mirrors(self, buffer: SubtrajectoryReplayBuffer) -> bool:
+    def is_current(self, buffer: SubtrajectoryReplayBuffer) -> bool:
         """
         :param buffer: the buffer
         :return: whether this is a copy of the arrays in which it stores observations now

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from sb3_mrq.graphs import CaptureError, Graph, Staging
-from sb3_mrq.learner import Scalars
+from sb3_mrq.metrics import Scalars
 
 if TYPE_CHECKING:
     from sb3_mrq.mrq import MRQ
@@ -109,7 +109,7 @@ class DeviceTraining:
         """Let an optimiser read its learning rate from the device; SB3 sets it as a number."""
         if not isinstance(optimizer, th.optim.Adam):
             raise CaptureError(f"{type(optimizer).__name__} is not Adam or AdamW")
-        # Of its warning that graphs are not captured, which is for those who forget to
+        # Silences Adam's warning about ``capturable``: the warm-up calls are not captured on purpose
         optimizer._warned_capturable_if_run_uncaptured = True
         for i, group in enumerate(optimizer.param_groups):
             key = f"{name} {i}"

@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_ima
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from sb3_mrq.networks import ELU, init_weights, layer_norm_mlp, make_activation
+from sb3_mrq.networks import init_weights, layer_norm_mlp, make_activation
 
 
 def check_observation_space(space: spaces.Space) -> None:
@@ -40,7 +40,7 @@ class MLPExtractor(BaseFeaturesExtractor):
     """
 
     def __init__(
-        self, observation_space: spaces.Space, net_arch: tuple[int, ...] = (512, 512), activation_fn: type[nn.Module] = ELU
+        self, observation_space: spaces.Space, net_arch: tuple[int, ...] = (512, 512), activation_fn: type[nn.Module] = nn.ELU
     ):
         if is_image_space(observation_space):
             raise ValueError(f"MlpPolicy does not take images ({observation_space}): use CnnPolicy.")
@@ -73,7 +73,9 @@ class CNNExtractor(BaseFeaturesExtractor):
     # See StateEncoder; None for a subclass that does not treat each image on its own
     images_at_once: int | None = 8
 
-    def __init__(self, observation_space: spaces.Space, activation_fn: type[nn.Module] = ELU, normalized_image: bool = False):
+    def __init__(
+        self, observation_space: spaces.Space, activation_fn: type[nn.Module] = nn.ELU, normalized_image: bool = False
+    ):
         if not is_image_space(observation_space, normalized_image=normalized_image):
             raise ValueError(
                 f"CnnPolicy takes images, Box spaces of three axes and of uint8 from 0 to 255, not {observation_space}: use "
@@ -125,7 +127,7 @@ class MultiInputExtractor(BaseFeaturesExtractor):
         self,
         observation_space: spaces.Dict,
         net_arch: tuple[int, ...] = (512, 512),
-        activation_fn: type[nn.Module] = ELU,
+        activation_fn: type[nn.Module] = nn.ELU,
         normalized_image: bool = False,
     ):
         if not isinstance(observation_space, spaces.Dict):

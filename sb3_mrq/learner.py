@@ -7,11 +7,9 @@ compiled, and run under autocast where the matrix products are to be in bfloat16
 them: autocast keeps the bfloat16 copy of a weight for as long as its region lasts, also when the weight has changed.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
@@ -19,9 +17,10 @@ from torch import nn
 from torch.func import functional_call
 
 from sb3_mrq import losses
-from sb3_mrq.action_spaces import BoxActions, CategoricalActions
-from sb3_mrq.networks import Actor, Critic, Encoder
+from sb3_mrq.compilation import CompiledFunction
+from sb3_mrq.hyperparameters import UpdateHyperparameters
 from sb3_mrq.observations import Observation
+from sb3_mrq.policies import MRQPolicy
 
 
 class EncoderMetrics(NamedTuple):
@@ -41,66 +40,6 @@ class ValuePolicyMetrics(NamedTuple):
     q_value: th.Tensor
     td_error: th.Tensor
     critic_grad_norm: th.Tensor
-
-
-class MetricMeans:
-    """
-    Means of what updates report, summed up on the device until they are asked for.
-
-    :param names: of the metrics
-    :param device: of the metrics
-    """
-
-    def __init__(self, names: Sequence[str], device: th.device):
-        self.names = names
-        # The last one counts
-        self._sums = th.zeros(len(names) + 1, device=device)
-        self._one = th.ones((), device=device)
-
-    def add(self, metrics: Sequence[th.Tensor]) -> None:
-        """
-        :param metrics: 0-d tensors, in the order of the names
-        """
-        self._sums.add_(th.stack([*metrics, self._one]))
-
-    def take(self) -> dict[str, float]:
-        """
-        :return: the means of what was added since the last call, none if that was nothing
-        """
-        *sums, count = self._sums.tolist()
-        self._sums.zero_()
-        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
-
-
-class Scalars:
-    """
-    Numbers as 0-d tensors that stay where they are, for code that is compiled or captured and would take a number for a
-    constant.
-
-    :param device: of the tensors
-    """
-
-    def __init__(self, device: th.device):
-        self.device = device
-        self._values: dict[str, float] = {}
-        self._tensors: dict[str, th.Tensor] = {}
-
-    def set(self, **values: float) -> None:
-        """
-        :param values: numbers by name
-        """
-        for name, value in values.items():
-            if name not in self._tensors:
-                self._tensors[name] = th.full((), float(value), device=self.device)
-            elif self._values[name] != value:
-                self._tensors[name].fill_(value)
-            self._values[name] = value
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> th.Tensor:
-        return self._tensors[name]
 
 
 class Noise(NamedTuple):
@@ -143,149 +82,26 @@ def with_fixed_weights(module: nn.Module, *args: th.Tensor) -> th.Tensor:
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
 
 
-class CompiledFunction:
-    """
-    A function compiled by ``torch.compile`` when it is first called, or the function itself where that fails: for want of a
-    C++ compiler, say, or because a user's network cannot be compiled.
-
-    :param function: from tensors to tensors
-    :param give_up: called with the error where it fails; like the function it may be a method of what is copied with this
-    :param trial: context in which it is called for the first time, only to see whether it works
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        give_up: Callable[[Exception], None],
-        trial: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
-        self.function = function
-        self.give_up = give_up
-        self.trial = trial
-        self.compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any) -> Any:
-        with self._settings():
-            if self.compiled is None:
-                with self.trial():
-                    self.compiled = self._compile(args)
-            try:
-                return self.compiled(*args)
-            except Exception as error:
-                # Compiled anew for what has changed, perhaps; an error of a user's network comes again
-                outputs = self.function(*args)
-                self.give_up(error)
-                return outputs
-
-    @staticmethod
-    def _settings() -> contextlib.AbstractContextManager:
-        # Takes a second, and many never compile
-        from torch._dynamo import config
-
-        # Models of a kind share what is compiled. Hooks on networks count, also those that were added later, or to another one
-        # of the models. There is a variant for every kind and for every value of what counts as a constant; beyond the limit
-        # torch would run them uncompiled without saying so.
-        return config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64, fail_on_recompile_limit_hit=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is compiled works on the networks of the original, also in a copy
-        return self.__dict__ | {"compiled": None}
-
-    def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        try:
-            with warnings.catch_warnings():
-                # Of torch's own code
-                warnings.simplefilter("ignore", DeprecationWarning)
-                compiled = th.compile(self.function, dynamic=False)
-                outputs = compiled(*args)
-                # The backward pass is compiled when it is first run
-                losses_of_it = [output for output in _leaves(outputs) if output.requires_grad]
-                if losses_of_it:
-                    losses_of_it[0].sum().backward()
-        except Exception as error:
-            self.give_up(error)
-            return self.function
-        return compiled
-
-
-def _leaves(outputs: Any) -> list[th.Tensor]:
-    """
-    :param outputs: a tensor or nested tuples of these
-    :return: the tensors, in order
-    """
-    return [outputs] if isinstance(outputs, th.Tensor) else [leaf for output in outputs for leaf in _leaves(output)]
-
-
-@dataclass(frozen=True)
-class UpdateHyperparameters:
-    """
-    Hyperparameters of the updates, under the names that they have in ``MRQ``.
-
-    :param gamma: discount factor
-    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together
-    :param target_policy_noise: standard deviation of the target policy's smoothing noise
-    :param target_noise_clip: bound on it
-    :param priority_alpha: exponent of the priorities
-    :param min_td_error: errors below this have one priority
-    :param dynamics_loss_weight: weight of the embedding term in the encoder loss
-    :param reward_loss_weight: weight of the reward term
-    :param termination_loss_weight: weight of the termination term
-    :param pre_activation_weight: weight of the penalty on the policy's pre-activations
-    :param precision: "bfloat16" where networks are to compute matrix products, and keep activations, in bfloat16 (values
-        and their targets, weights, losses and optimisers are in float32 in any case); "tf32" where float32 matrix products may
-        be computed in TF32 if the device can (``torch.set_float32_matmul_precision("high")`` during updates)
-    """
-
-    gamma: float
-    max_grad_norm: float
-    target_policy_noise: float
-    target_noise_clip: float
-    priority_alpha: float
-    min_td_error: float
-    dynamics_loss_weight: float
-    reward_loss_weight: float
-    termination_loss_weight: float
-    pre_activation_weight: float
-    precision: str
-
-
 class Learner:
     """
-    Holds the networks, their targets and optimisers (``.optimizer`` of each online network), and updates them.
+    Updates the networks of a policy, by means of their optimisers (``.optimizer`` of each online network).
 
-    :param encoder: f, g and m
-    :param encoder_target: target copy
-    :param critic: Q
-    :param critic_target: target copy
-    :param actor: pi
-    :param actor_target: target copy
-    :param actions: conversions of the action space
+    :param policy: holds the networks and their targets
     :param hyperparameters: of the updates
     :param compiled: whether to compile the losses
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        encoder_target: Encoder,
-        critic: Critic,
-        critic_target: Critic,
-        actor: Actor,
-        actor_target: Actor,
-        actions: BoxActions | CategoricalActions,
-        hyperparameters: UpdateHyperparameters,
-        compiled: bool = False,
-    ):
-        self.encoder, self.encoder_target = encoder, encoder_target
-        self.critic, self.critic_target = critic, critic_target
-        self.actor, self.actor_target = actor, actor_target
-        self.actions = actions
+    def __init__(self, policy: MRQPolicy, hyperparameters: UpdateHyperparameters, compiled: bool = False):
+        self.encoder, self.encoder_target = policy.encoder, policy.encoder_target
+        self.critic, self.critic_target = policy.critic, policy.critic_target
+        self.actor, self.actor_target = policy.actor, policy.actor_target
+        self.actions = policy.actions
         self.hyperparameters = hyperparameters
         # Whether that was tried, in vain
         self.compiling_failed = False
-        self.compile(compiled)
+        self.set_compiled(compiled)
 
-    def compile(self, compiled: bool) -> None:
+    def set_compiled(self, compiled: bool) -> None:
         """
         Choose how the losses are computed from now on.
 
@@ -314,7 +130,7 @@ class Learner:
                 buffer.copy_(value)
 
     def _give_up_compiling(self, error: Exception) -> None:
-        self.compile(False)
+        self.set_compiled(False)
         self.compiling_failed = True
         warnings.warn(
             f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "

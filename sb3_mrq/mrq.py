@@ -10,7 +10,6 @@ import threading
 import warnings
 from copy import deepcopy
 from dataclasses import fields
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import gymnasium as gym
@@ -19,7 +18,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
@@ -32,20 +30,21 @@ from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.checkpoints import resume, set_generators
-from sb3_mrq.checks import BadValueError, DivergedError, subspaces_of
+from sb3_mrq.checks import (
+    BadValueError,
+    DivergedError,
+    check_vec_normalize,
+    count_env_steps,
+    explain_dead_worker,
+    subspaces_of,
+)
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.graphs import CaptureError, Graph
-from sb3_mrq.learner import (
-    EncoderMetrics,
-    Learner,
-    MetricMeans,
-    Scalars,
-    UpdateHyperparameters,
-    ValuePolicyMetrics,
-    grad_norm,
-)
+from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters
+from sb3_mrq.learner import EncoderMetrics, Learner, ValuePolicyMetrics, grad_norm
+from sb3_mrq.metrics import MetricMeans, Scalars
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
@@ -91,17 +90,18 @@ class MRQ(OffPolicyAlgorithm):
     :param optimize_memory_usage: Accepted as in other algorithms, but of no effect: observations are always stored once.
     :param n_steps: Horizon of the value target
     :param encoder_horizon: Horizon over which the encoder predicts
-    :param target_update_interval: Every so many training steps the target networks are replaced, the reward scale is
-        renewed, and as many encoder updates follow at once. Training steps are counted, not environment steps as in DQN.
+    :param target_update_interval: Number of training steps (not of environment steps, as in DQN) between replacements of the
+        target networks. Each also renews the reward scale, and is followed by as many encoder updates.
     :param encoder_learning_rate: learning rate of the encoder,
         it can be a function of the current progress remaining (from 1 to 0)
     :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] where transitions are
-        collected. Half of it is added to the one-hot vectors of discrete actions; so for the next two.
+        collected. Half of it is added to the one-hot vectors of discrete actions; likewise ``target_policy_noise`` and
+        ``target_noise_clip``.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
     :param max_grad_norm: Bound on the gradient norm of the value heads
     :param priority_alpha: Exponent of the priorities of the replay buffer, 0 for uniform sampling
-    :param min_td_error: Transitions with a TD error below this have one priority
+    :param min_td_error: Transitions with a smaller TD error share the same priority
     :param dynamics_loss_weight: Weight of the embedding term of the encoder loss
     :param reward_loss_weight: Weight of the reward term of the encoder loss
     :param termination_loss_weight: Weight of the termination term of the encoder loss, which is
@@ -112,11 +112,11 @@ class MRQ(OffPolicyAlgorithm):
         networks that compute matrix products and keep activations in bfloat16, which pays on GPUs and on processors with AMX
         or AVX512-BF16. Values and their targets, weights, losses and optimisers are in float32 in any case. ``"auto"`` is
         float32.
-    :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes about half a minute when training
-        starts. On a CUDA device whole training steps are captured as CUDA graphs besides, with a copy of the replay buffer on
-        the device. ``"auto"`` compiles on a CPU where ``learn`` is to run for at least ``COMPILE_FROM`` steps after the
-        warm-up, in the main thread. Where compiling or capturing fails, training goes on without it, after a warning.
-        Counts when the model is made or loaded, not when it is changed later.
+    :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to a minute when training
+        starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
+        device. ``"auto"`` compiles on a CPU if ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in
+        the main thread. If compiling or capturing fails, training goes on without it, after a warning.
+        Read when the model is created or loaded; later changes have no effect.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -265,76 +265,32 @@ class MRQ(OffPolicyAlgorithm):
                 "VecNormalize is around images whose channels come last: put a VecTransposeImage inside of it, as in "
                 "VecNormalize(VecTransposeImage(env))."
             )
+        vec_normalize = unwrap_vec_normalize(wrapped)
+        if vec_normalize is not None and vec_normalize.observation_space.shape != wrapped.observation_space.shape:
+            raise ValueError(
+                f"The observations of VecNormalize {vec_normalize.observation_space.shape} are changed outside of it, to "
+                f"{wrapped.observation_space.shape}: put VecNormalize around the other wrappers, such as VecFrameStack."
+            )
         return wrapped
-
-    def _check_hyperparameters(self) -> None:
-        """
-        :raises ValueError: for values that cannot work, before any work is lost
-        """
-        for name, least in (
-            ("n_steps", 1),
-            ("encoder_horizon", 1),
-            ("batch_size", 1),
-            ("target_update_interval", 1),
-            ("random_shift_pad", 0),
-            ("buffer_size", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}.")
-        for name in (
-            "exploration_noise",
-            "target_policy_noise",
-            "target_noise_clip",
-            "priority_alpha",
-            "dynamics_loss_weight",
-            "reward_loss_weight",
-            "termination_loss_weight",
-            "pre_activation_weight",
-        ):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}, but must not be negative.")
-        for name in ("max_grad_norm", "min_td_error"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, but must be positive.")
-        for name, choices in (
-            ("precision", ("auto", "float32", "tf32", "bfloat16")),
-            ("compile_updates", ("auto", True, False)),
-        ):
-            value = getattr(self, name)
-            # 1 is equal to True
-            if value not in choices or not isinstance(value, (str, bool)):
-                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma}, but must be between 0 and 1.")
-        if self.action_noise is not None and not isinstance(self.action_space, spaces.Box):
-            raise ValueError(
-                f"action_noise is for Box actions, not {self.action_space}: leave it out and set exploration_noise instead."
-            )
-        if self.replay_buffer_class is not None and not issubclass(self.replay_buffer_class, SubtrajectoryReplayBuffer):
-            raise ValueError(
-                f"{self.replay_buffer_class.__name__} cannot give the sub-trajectories that MR.Q learns from: leave "
-                "replay_buffer_class out, or derive a class from sb3_mrq.buffers.SubtrajectoryReplayBuffer."
-            )
 
     def _setup_model(self) -> None:
         # Not that of OffPolicyAlgorithm, in which n_steps chooses another replay buffer
-        self._check_hyperparameters()
+        check_hyperparameters(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
 
         if self.replay_buffer_class is None:
             self.replay_buffer_class = SubtrajectoryReplayBuffer
         if self.replay_buffer is None:
-            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
+            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment,call-arg]
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
                 device=self.device,
                 n_envs=self.n_envs,
-                **{"horizon": self.encoder_horizon, "n_steps": self.n_steps, **self.replay_buffer_kwargs},
+                horizon=self.encoder_horizon,
+                n_steps=self.n_steps,
+                **self.replay_buffer_kwargs,
             )
 
         self.policy = self.policy_class(  # type: ignore[assignment]
@@ -347,17 +303,7 @@ class MRQ(OffPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self._create_aliases()
         self._convert_train_freq()
-        self.learner = Learner(
-            self.encoder,
-            self.encoder_target,
-            self.critic,
-            self.critic_target,
-            self.actor,
-            self.actor_target,
-            self.policy.actions,
-            self._update_hyperparameters(),
-            compiled=self.compile_updates is True,
-        )
+        self.learner = Learner(self.policy, self._learner_hyperparameters(), compiled=self.compile_updates is True)
         # Metrics of the last updates, on the device until they are logged
         self._encoder_metrics = MetricMeans(EncoderMetrics._fields, self.device)
         self._value_policy_metrics = MetricMeans(ValuePolicyMetrics._fields, self.device)
@@ -365,7 +311,7 @@ class MRQ(OffPolicyAlgorithm):
         self._device_training: DeviceTraining | None = None
         self._may_capture = self.compile_updates is True and Graph.can_capture(self.device)
 
-    def _update_hyperparameters(self) -> UpdateHyperparameters:
+    def _learner_hyperparameters(self) -> UpdateHyperparameters:
         """
         :return: the hyperparameters of the updates, as they are now
         """
@@ -393,7 +339,7 @@ class MRQ(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.replay_buffer is not None
-        self._check_hyperparameters()
+        check_hyperparameters(self)
         self._check_replay_buffer(self.replay_buffer)
         if reset_num_timesteps:
             # Another run, whose checkpoints do not replace those of the one before
@@ -415,7 +361,7 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
-        env_steps = self._count_env_steps()
+        env_steps = None if self.env is None or self._last_obs is None else count_env_steps(self.env)
         if self._env_steps is not None and env_steps is not None and env_steps != self._env_steps:
             # Evaluated in since then, or another one: what comes next does not follow from the last observation
             self._last_obs = None
@@ -423,11 +369,11 @@ class MRQ(OffPolicyAlgorithm):
             total_timesteps, callback = super()._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-            self._check_vec_normalize()
+            check_vec_normalize(self._vec_normalize_env)
         except BaseException as error:
             # Whether the environment was reset is not known
             self._last_obs = None
-            self._explain_dead_worker(error)
+            explain_dead_worker(self.env, error, self.num_timesteps)
             raise
         if self.compile_updates == "auto":
             steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
@@ -438,7 +384,7 @@ class MRQ(OffPolicyAlgorithm):
             if self.resumed_compiled is not None:
                 compiled = self.resumed_compiled
             if compiled != self.learner.compiled:
-                self.learner.compile(compiled)
+                self.learner.set_compiled(compiled)
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
         try:
@@ -451,17 +397,6 @@ class MRQ(OffPolicyAlgorithm):
             set_generators(self, self.resumed_generators)
         self.resumed_generators = self.resumed_compiled = None
         return total_timesteps, callback
-
-    def _count_env_steps(self) -> list[int] | None:
-        """
-        :return: steps of each environment since it was made, whoever took them; None if no ``Monitor`` counts them
-        """
-        if self.env is None or self._last_obs is None:
-            return None
-        try:
-            return self.env.get_attr("total_steps") if all(self.env.env_is_wrapped(Monitor)) else None
-        except Exception:  # of a process that has ended, for one, which is told where it is used next
-            return None
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
         """
@@ -578,43 +513,9 @@ class MRQ(OffPolicyAlgorithm):
 
     def _at_this_step(self, error: BadValueError) -> BadValueError:
         return type(error)(
-            f"{error} at step {self.num_timesteps}, from which MR.Q cannot learn: mend the environment or clip what it gives. "
+            f"{error} at step {self.num_timesteps}, from which MR.Q cannot learn: fix the environment or clip what it gives. "
             "The replay buffer holds what came before."
         )
-
-    def _check_vec_normalize(self) -> None:
-        """
-        :raises ValueError: if the statistics of ``VecNormalize`` would make all that it normalises not a number
-        """
-        env = self._vec_normalize_env
-        if env is None or not env.training:
-            return
-        statistics = [env.ret_rms] if env.norm_reward else []
-        if env.norm_obs:
-            statistics += list(env.obs_rms.values()) if isinstance(env.obs_rms, dict) else [env.obs_rms]
-        if not all(np.isfinite(value).all() for rms in statistics for value in (rms.mean, rms.var)):
-            raise ValueError(
-                "The running statistics of VecNormalize are not finite, as an observation or a reward was not: continue with "
-                "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, by way of set_env."
-            )
-
-    def _explain_dead_worker(self, error: BaseException) -> None:
-        """
-        :param error: raised by an environment
-        :raises RuntimeError: if it comes from a pipe to a process that has ended, of which it says nothing
-        """
-        if self.env is None or not isinstance(error, (EOFError, ConnectionError)):
-            return
-        processes = getattr(self.env.unwrapped, "processes", [])
-        for process in processes:
-            process.join(timeout=0.1)  # its pipe is closed a moment before it has ended
-        dead = [i for i, process in enumerate(processes) if not process.is_alive()]
-        if dead:
-            raise RuntimeError(
-                f"The process of environment {dead[0]} ended at step {self.num_timesteps}, with exit code "
-                f"{processes[dead[0]].exitcode}: see its output, or run the environment in a DummyVecEnv, for the reason. The "
-                "replay buffer holds what came before; continue with new environments by way of set_env."
-            ) from error
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
@@ -626,7 +527,7 @@ class MRQ(OffPolicyAlgorithm):
             complete = rollout.continue_training
         except (EOFError, ConnectionError) as error:
             if self.stop_signals is None or not self.stop_signals.arrived():
-                self._explain_dead_worker(error)
+                explain_dead_worker(self.env, error, self.num_timesteps)
                 raise
             # Ctrl-C reaches the processes of the environments as well, which are gone now
             rollout = RolloutReturn(0, 0, continue_training=False)
@@ -685,6 +586,15 @@ class MRQ(OffPolicyAlgorithm):
         return random_shift(obs, self.random_shift_pad) if self.policy.is_image(space) else obs
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """
+        Do training steps: one update of the value heads and one of the policy each. Before every
+        ``target_update_interval``-th, the targets are replaced, the reward scale is renewed, and as many encoder updates are
+        done. While no transition can be sampled nothing is done.
+
+        :param gradient_steps: How many training steps to do
+        :param batch_size: sub-trajectories of an encoder update, transitions of a value and policy update
+        :raises DivergedError: if what the networks compute is not finite
+        """
         assert self.replay_buffer is not None
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -699,7 +609,7 @@ class MRQ(OffPolicyAlgorithm):
         if self.replay_buffer.n_sampleable == 0:
             gradient_steps = 0
         if gradient_steps > 0:
-            self.learner.hyperparameters = self._update_hyperparameters()
+            self.learner.hyperparameters = self._learner_hyperparameters()
             self._set_scalars()
             self._prepare_capturing(batch_size)
         for _ in range(gradient_steps):
@@ -708,7 +618,7 @@ class MRQ(OffPolicyAlgorithm):
                 if self._targets_replaced_at != self._n_updates:
                     self._replace_targets()
                     self._targets_replaced_at = self._n_updates
-                # All of them again where they were interrupted: they have not been counted
+                # A burst that was interrupted is repeated whole: its training step has not been counted
                 for _ in range(self.target_update_interval):
                     self._train_encoder(batch_size)
                 self._log_encoder()
@@ -891,9 +801,9 @@ class MRQ(OffPolicyAlgorithm):
         with th.no_grad():
             z_s = self.encoder.state(self.policy.preprocess(samples.observations))
         self.policy.set_training_mode(True)
-        # Effective rank (Roy and Vetterli, 2007): exponential of the entropy of the normalised singular values
-        shares = th.linalg.svdvals(z_s)
-        shares = shares / shares.sum()
+        # Effective rank (Roy and Vetterli, 2007) around the mean: exponential of the entropy of the normalised singular values
+        shares = th.linalg.svdvals(z_s - z_s.mean(dim=0))
+        shares = shares / shares.sum().clamp_min(1e-12)
         rank = th.special.entr(shares).sum().exp()
         values = th.stack([grad_norm(self.encoder), z_s.norm(dim=1).mean(), rank]).tolist()
         for name, value in zip(("encoder_grad_norm", "z_s_norm", "z_s_effective_rank"), values, strict=True):
@@ -931,14 +841,14 @@ class MRQ(OffPolicyAlgorithm):
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
-        self._env_steps = self._count_env_steps()
+        self._env_steps = None if self.env is None or self._last_obs is None else count_env_steps(self.env)
         return self
 
     @classmethod
     def resume(
         cls: type[SelfMRQ],
         folder: str | pathlib.Path,
-        env: GymEnv,
+        env: GymEnv | str,
         device: th.device | str = "auto",
         name_prefix: str = "mrq",
         **kwargs: Any,
@@ -959,8 +869,8 @@ class MRQ(OffPolicyAlgorithm):
         checkpoints hold pickles: resume from those only that you trust.
 
         :param folder: folder of checkpoints, or one checkpoint
-        :param env: environment like that of the run. Where that was in a ``VecNormalize`` and this one is not, it is wrapped
-            in one; in any case its statistics and settings are those of the checkpoint.
+        :param env: environment like that of the run (if registered in Gym, can be str). Where that was in a ``VecNormalize``
+            and this one is not, it is wrapped in one; in any case its statistics and settings are those of the checkpoint.
         :param device: Device on which the code should run.
         :param name_prefix: what the names of the checkpoints begin with
         :param kwargs: extra arguments to change the model when loading

@@ -18,7 +18,7 @@ from torch import nn
 
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
-from sb3_mrq.networks import ELU, Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
+from sb3_mrq.networks import Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
 from sb3_mrq.observations import map_observation
 
 DEFAULT_NET_ARCH = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
@@ -88,7 +88,7 @@ class MRQPolicy(BasePolicy):
         action_space: spaces.Space,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = ELU,
+        activation_fn: type[nn.Module] = nn.ELU,
         actor_activation_fn: type[nn.Module] = nn.ReLU,
         z_s_dim: int = 512,
         z_a_dim: int = 256,

@@ -1,7 +1,6 @@
 """
-MuJoCo renders without a display in the tests, also where they are not started by the Makefile. Small networks take the paths
-that are there for large ones. Hypothesis generates the same cases each time, so that a change fails for what it changes;
-HYPOTHESIS_PROFILE=random looks for new ones.
+MuJoCo renders without a display in the tests, also where they are not started by the Makefile. Hypothesis
+generates the same cases each time, so that a change fails for what it changes; HYPOTHESIS_PROFILE=random looks for new ones.
 """
 
 import os
@@ -9,8 +8,6 @@ import sys
 
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
-
-from sb3_mrq.networks import ELU
 
 try:
     from hypothesis import settings
@@ -20,5 +17,3 @@ else:
     settings.register_profile("repeatable", derandomize=True)
     settings.register_profile("random", print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-ELU.LARGE = 0

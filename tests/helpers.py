@@ -36,8 +36,7 @@ def make_policy(observation_space, action_space, policy_class=MlpPolicy, lr=3e-4
 
 def make_learner(policy, compiled=False, **hyperparameters):
     """A learner on the networks of a policy, with the paper's constants where none are given."""
-    networks = [getattr(policy, name) for pair in zip(NETWORKS, TARGETS, strict=True) for name in pair]
-    return Learner(*networks, policy.actions, UpdateHyperparameters(**(PAPER | hyperparameters)), compiled)
+    return Learner(policy, UpdateHyperparameters(**(PAPER | hyperparameters)), compiled)
 
 
 def continuation_mask(ended):

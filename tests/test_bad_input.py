@@ -26,10 +26,11 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.frames import ObservationStorage
 
 DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
 COUNTS = ("n_steps", "encoder_horizon", "batch_size", "target_update_interval")
@@ -297,6 +298,24 @@ def test_too_little_memory_is_told(monkeypatch):
     obs = np.zeros((1, 3), dtype=np.float32)
     with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
         buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])
+
+
+def test_memory_that_is_not_there_is_told(monkeypatch):
+    """Reserving more than there can be fails at once."""
+    monkeypatch.setattr(ObservationStorage, "allocate", lambda *_: np.zeros(1 << 55))
+    with pytest.raises(MemoryError, match=r"500 places of the replay buffer take more memory.*smaller buffer_size"):
+        tiny_model(SpaceEnv()).learn(5)
+
+
+@pytest.mark.parametrize("name", ["horizon", "n_steps"])
+def test_replay_buffer_kwargs_that_the_model_must_know(name):
+    with pytest.raises(ValueError, match=f"replay_buffer_kwargs sets {name}.*pass it"):
+        tiny_model(SpaceEnv(), replay_buffer_kwargs={name: 4})
+
+
+def test_stacks_around_vec_normalize():
+    with pytest.raises(ValueError, match=r"VecNormalize \(3,\) are changed outside of it, to \(6,\): put VecNormalize around"):
+        tiny_model(VecFrameStack(VecNormalize(make_vec_env(SpaceEnv, 1)), 2))
 
 
 def test_reward_bins_that_float32_cannot_hold():

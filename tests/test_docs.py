@@ -4,6 +4,7 @@ about arguments is so.
 """
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import os
@@ -12,10 +13,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urljoin, urlsplit
 
+import gymnasium as gym
 import pytest
 from stable_baselines3 import DQN, SAC, TD3
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
@@ -188,7 +192,7 @@ def test_hyperparameters(heading, owner):
 
 
 SAME_EVERYWHERE = {
-    *("policy", "env", "gamma", "policy_kwargs", "replay_buffer_kwargs"),
+    *("policy", "env", "gamma", "policy_kwargs"),
     *("stats_window_size", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"),
 }
 
@@ -236,14 +240,73 @@ def test_migrating_policies():
                 check_default(name, cells[i], parameters[name])
 
 
-def test_contributors_find_what_is_named():
-    """The functions that the developers' page names are there."""
-    words = set(re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)+)`", (DOCS / "developers.md").read_text("utf-8")))
+@pytest.fixture(scope="module")
+def owners():
+    """What the names with a dot on the developers' page begin with."""
+    model = MRQ("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": {"encoder": [8], "qf": [8], "pi": [8]}})
+    return {
+        "MRQ": model,  # with the attributes that are set when it is made
+        "OffPolicyAlgorithm": OffPolicyAlgorithm,
+        "env": gym.Env,
+        "encoder": model.encoder,
+        "encoder_target": model.encoder_target,
+        "critic": model.critic,
+        "actor": model.actor,
+        "actions": model.policy.actions,
+    }
+
+
+def modules() -> dict[str, ModuleType]:
+    """The modules of the package itself, by name."""
+    return {path.stem: importlib.import_module(f"sb3_mrq.{path.stem}") for path in (ROOT / "sb3_mrq").glob("[a-z]*.py")}
+
+
+def test_contributors_find_what_is_named(owners):
+    """What the developers' page names is there: names with a dot in their owner, others in the package or in a class of it."""
+    text = (DOCS / "developers.md").read_text("utf-8")
+    names = re.findall(r"`([A-Za-z_][A-Za-z_.]*)`", text)
     files = {path.name for folder in ("sb3_mrq", "tests") for path in (ROOT / folder).glob("*.py")}
-    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "sb3_mrq").glob("*.py"))
-    inherited = {"OffPolicyAlgorithm.learn", "env.step"}
-    for word in words - inherited - {"CONTRIBUTING.md"}:
-        if word.endswith(".py"):
-            assert word in files, word
+    spaces = vars(gym.spaces)
+    defined = {name: value for module in modules().values() for name, value in vars(module).items()}
+    classes = [value for value in defined.values() if inspect.isclass(value)]
+    elsewhere = {"backward", "clip_grad_norm_", "terminal_observation", "VecNormalize"}
+    assert len(names) > 60
+    for name in set(names) - elsewhere:
+        owner, _, rest = name.partition(".")
+        if name.endswith(".py"):
+            assert name in files, name
+        elif name == "CONTRIBUTING.md":
+            assert (ROOT / ".github" / name).exists()
+        elif rest:
+            value = owners.get(owner) or modules().get(owner) or defined[owner]
+            for attribute in rest.split("."):
+                assert hasattr(value, attribute), name
+                value = getattr(value, attribute)
         else:
-            assert re.search(rf"\b(def|class) {word.rsplit('.', 1)[-1]}\b|\b{word.rsplit('.', 1)[-1]}\b", source), word
+            assert name in defined or name in spaces or any(hasattr(each, name) for each in (*classes, owners["MRQ"])), name
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules and packages in the package that a module imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sb3_mrq":
+            parts = node.module.split(".")[1:2]
+            found |= set(parts or (alias.name for alias in node.names))
+    return found
+
+
+def test_tree_of_modules():
+    """The developers' page lists every module once, and each imports only what is listed below it."""
+    tree = re.search(r"^```text\n(.*?)^```", (DOCS / "developers.md").read_text("utf-8"), re.MULTILINE | re.DOTALL).group(1)
+    listed = [line.split()[0] for line in tree.splitlines()]
+    package = ROOT / "sb3_mrq"
+    folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted({path.name for path in package.glob("[a-z]*.py")} | folders)
+    order = {name.removesuffix(".py").removesuffix("/"): place for place, name in enumerate(listed)}
+    assert order["learner"] > order["mrq"]
+    for name, place in order.items():
+        path = package / name
+        for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            imported = imports_of(file) - {name, "MRQ"}
+            assert all(order[other] > place for other in imported), f"{file.name} imports {imported}"

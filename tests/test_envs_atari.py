@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from envs import CounterEnv
+from gymnasium.wrappers import AtariPreprocessing
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_mrq.envs import AtariWrapper
@@ -112,6 +113,8 @@ def test_longest_episode():
         (lambda: gym.make("CartPole-v1"), r"ALE/Pong-v5, not for <.*CartPole"),
         (CounterEnv, "not for <CounterEnv"),
         (lambda: gym.make("ALE/Pong-v5", obs_type="ram"), "obs_type='ram'"),
+        (lambda: AtariWrapper(gym.make("ALE/Pong-v5")), "has changed them already"),
+        (lambda: AtariPreprocessing(gym.make("ALE/Pong-v5", frameskip=1)), "has changed them already"),
     ],
 )
 def test_wrong_environment(env, message):

@@ -106,6 +106,11 @@ def test_with_display(display, nothing_works):
     assert run(code, **{display: ":0"}, **nothing_works) == [None, None]
 
 
+def test_display_that_cannot_be_used():
+    (message,) = run(["message_of(step_of_the_state_task().render)"], DISPLAY=":99")
+    assert "the display :99 cannot be used. Start again with MUJOCO_GL=egl" in message
+
+
 def test_too_late(nothing_works):
     """dm_control has chosen."""
     code = ["bool(__import__('dm_control._render'))", "rendering.choose_backend()", "os.environ.get('MUJOCO_GL')"]

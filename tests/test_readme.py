@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import matplotlib.image
@@ -16,6 +17,7 @@ from test_docs import code_of, run_code
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 STEPS = int(os.environ.get("SB3_MRQ_README_STEPS", "240"))
+EXTRAS = set(metadata("sb3-mrq").get_all("Provides-Extra"))
 
 # The two that cannot be executed within a test are what brought it here: .ci/run has these lines
 IN_CI = {
@@ -85,8 +87,9 @@ def test_commands(number, folder):
         command = line.partition("    #")[0].strip()
         if command in IN_CI:
             assert IN_CI[command] in ci
-        elif command == "pip install .":
-            pass  # tests/test_distribution.py installs the wheel
+        elif re.fullmatch(r'pip install (\.|"\.\[[a-z0-9,]+\]")', command):
+            # tests/test_distribution.py installs the wheel
+            assert set(re.findall(r"[a-z0-9]+", command.partition("[")[2])) <= EXTRAS
         else:
             lines.append(line)
     scripts = str(Path(sys.executable).parent)
@@ -118,3 +121,25 @@ def test_snippets(tmp_path):
     """The blocks of Python, one after the other in one process."""
     assert len(code_of(README)) >= 4
     run_code(README, tmp_path)
+
+
+def test_extras():
+    """The table of extras has them all."""
+    text = README.read_text("utf-8")
+    table = re.search(r"^\| extra \| for \|\n(.*?)^\n", text, re.MULTILINE | re.DOTALL).group(1)
+    named = re.findall(r"`([a-z0-9]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))
+    assert sorted(named) == sorted(EXTRAS - {"all"})
+
+
+def test_links():
+    """Files that the README links to are there, and it links to every page of the documentation."""
+    targets = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", README.read_text("utf-8"))}
+    files = {target for target in targets if target and "://" not in target}
+    assert not [target for target in files if not (ROOT / target).exists()]
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= files
+
+
+def test_number_of_examples():
+    assert "twelve scripts and a notebook" in README.read_text("utf-8")
+    assert len(list((ROOT / "examples").glob("*.py"))) == 12
+    assert len(list((ROOT / "examples").glob("*.ipynb"))) == 1

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.checkpoints import get_generators, list_checkpoints
+from sb3_mrq.learner import Learner
 
 ACTIONS = {"Box": BOX, "Discrete": spaces.Discrete(3)}
 OBSERVATIONS = {"vector": VECTOR, "pixels": IMAGE, "frames": spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)}
@@ -273,6 +274,11 @@ def test_changed_while_resuming(tmp_path):
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_environment_by_its_id(tmp_path):
+    tiny_model("Pendulum-v1").learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
+    assert MRQ.resume(tmp_path, "Pendulum-v1", device="cpu").num_timesteps == 20
+
+
 def test_another_buffer_size_is_told(tmp_path):
     model = tiny_model(SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
@@ -295,7 +301,7 @@ def test_compiled_where_it_was_compiled(tmp_path, monkeypatch):
     """Where a long run was compiled, so is the short rest of it: otherwise results would differ in the last bits."""
     compiled = []
     monkeypatch.setattr(MRQ, "COMPILE_FROM", 15)
-    monkeypatch.setattr("sb3_mrq.learner.Learner.compile", lambda self, c: compiled.append(c) or setattr(self, "compiled", c))
+    monkeypatch.setattr(Learner, "set_compiled", lambda self, c: compiled.append(c) or setattr(self, "compiled", c))
     monkeypatch.setattr(MRQ, "train", lambda *_, **__: None)
     model = tiny_model(SpaceEnv(), compile_updates="auto")
     model.learn(30, callback=ResumableCheckpointCallback(20, tmp_path, keep_last=None))

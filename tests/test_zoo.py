@@ -171,6 +171,10 @@ class TestSchedules:
     def test_learning_rate(self, tmp_path):
         model, _ = manager(tmp_path, hyperparams={"learning_rate": "lin_1e-3", **SMALL}, eval_freq=-1).setup_experiment()
         assert model.lr_schedule(0.5) == pytest.approx(5e-4)
+        model, _ = manager(tmp_path, hyperparams={"learning_rate": "3e-4", **SMALL}, eval_freq=-1).setup_experiment()
+        assert model.lr_schedule(0.5) == 3e-4
+        with pytest.raises(ConfigurationError, match="learning_rate is cos_1e-3"):
+            manager(tmp_path, hyperparams={"learning_rate": "cos_1e-3", **SMALL}).setup_experiment()
 
 
 @pytest.fixture(scope="module")

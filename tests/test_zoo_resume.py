@@ -100,6 +100,14 @@ def test_damaged_checkpoint_is_passed_over(trained, config, tmp_path):
         train(config, tmp_path, "-i", str(oldest / "model.zip"))
 
 
+def test_normalised_run_is_not_resumed_without(trained, config, tmp_path):
+    section = yaml.safe_load(config.read_text())["Pendulum-v1"] | {"normalize": False}
+    other = tmp_path / "other.yml"
+    other.write_text(yaml.safe_dump({"Pendulum-v1": section}))
+    with pytest.raises(ConfigurationError, match="give it 'normalize: true' as it had"):
+        train(other, tmp_path, "-i", str(trained))
+
+
 def test_what_can_be_continued_with(trained, tmp_path):
     newest = str(list_checkpoints(trained / "checkpoints")[0].path / "model.zip")
     for folder in (trained, trained / "checkpoints", list_checkpoints(trained / "checkpoints")[0].path):

@@ -233,6 +233,8 @@ def test_watching_atari_takes_little_memory(tmp_path):
         (["train", "--algo", "mrq", "--env", "dmc/cartpole-swinup-v0"], "Did you mean dmc/cartpole-swingup-v0?"),
         (["enjoy", "--algo", "mrq", "--env", "ALE/Pongo-v5"], "There is no task ALE/Pongo-v5. Did you mean ALE/Pong-v5?"),
         (["train", "--algo", "mrq", "-params", "gama:0.9"], "MRQ has no hyperparameter gama. Did you mean gamma?"),
+        (["train", "--algo", "mrq", "--env", "sb3_mrq.envs:dmc/walker-walk-v0"], "use --gym-packages sb3_mrq.envs --env dmc/"),
+        (["train", "--algo", "mrq", "-conf", "nowhere.yml"], "nowhere.yml cannot be read: No such file"),
     ],
 )
 def test_mistakes(tmp_path, arguments, message):

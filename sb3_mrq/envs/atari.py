@@ -22,7 +22,8 @@ class AtariWrapper(gym.Wrapper, RecordConstructorArgs):
 
     The emulator's own frame skip is turned off, whatever it was. Everything else is left to the environment: ``ALE/*-v5`` has
     sticky actions with a probability of 0.25, the minimal set of actions, and at most 108,000 raw frames, 27,000 steps, in an
-    episode. A ``Monitor`` inside of this wrapper counts raw frames as steps.
+    episode. A ``Monitor`` inside of this wrapper counts raw frames as steps. As in gymnasium's ``AtariPreprocessing``, an
+    observation with which an episode ends misses the raw frame of that end.
 
     :param env: an environment of ale-py, with or without wrappers; its observations become uint8 (4, 84, 84)
     :raises TypeError: if that is not what it is
@@ -35,6 +36,8 @@ class AtariWrapper(gym.Wrapper, RecordConstructorArgs):
             raise TypeError(f"AtariWrapper is for the Atari environments of ale-py, such as ALE/Pong-v5, not for {env}")
         if getattr(emulator, "_obs_type", None) == "ram":
             raise TypeError(f"AtariWrapper needs an environment with images as observations, not {env} with obs_type='ram'")
+        if env.observation_space.shape != emulator.observation_space.shape:
+            raise TypeError(f"AtariWrapper takes the frames of the emulator, but {env} has changed them already")
         emulator._frameskip = 1
         if hasattr(emulator, "_ezpickle_kwargs"):
             emulator._ezpickle_kwargs["frameskip"] = 1  # a pickled emulator is made again with these
@@ -44,6 +47,7 @@ class AtariWrapper(gym.Wrapper, RecordConstructorArgs):
         except DependencyNotInstalled as error:
             raise DependencyNotInstalled(f"OpenCV is not installed: {_INSTALL}") from error
         gym.Wrapper.__init__(self, FrameStackObservation(env, 4))
+        self.metadata = env.metadata | {"render_fps": 15}  # of 60 raw frames a second
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]

@@ -40,6 +40,11 @@ def failure() -> RuntimeError:
     """
     :return: the error to be raised where MuJoCo cannot render
     """
+    if os.environ.get("DISPLAY") and not os.environ.get(VARIABLE):
+        return RuntimeError(
+            f"MuJoCo cannot render: the display {os.environ['DISPLAY']} cannot be used. Start again with {VARIABLE}=egl, or "
+            "with DISPLAY unset."
+        )
     return RuntimeError(
         f"MuJoCo cannot render: {VARIABLE} is {os.environ.get(VARIABLE, 'not set')}. Without a display it needs EGL "
         "(apt-get install libegl1 libgl1 libgl1-mesa-dri, or the driver of the GPU) or OSMesa (apt-get install libosmesa6). "

@@ -89,9 +89,11 @@ def _check_task(env_id: str) -> None:
     :param env_id: id of a task
     :raises ConfigurationError: if nothing is registered under it, with the closest id
     """
-    # With a colon, the task is registered by the module named before it
-    if env_id in gym.registry or ":" in env_id:
+    if env_id in gym.registry:
         return
+    if ":" in env_id:
+        package, _, name = env_id.partition(":")
+        raise ConfigurationError(f"rl-zoo3 takes no module in the name of a task: use --gym-packages {package} --env {name}.")
     raise ConfigurationError(f"There is no task {env_id}.{closest(env_id, gym.registry)}")
 
 
@@ -131,7 +133,10 @@ def _newest_checkpoint(arguments: list[str]) -> list[str]:
         if not (folder / INFO).exists():
             newest = newest_with_model(folder)
             if newest is None:
-                raise ConfigurationError(f"There is no complete checkpoint in {folder}.")
+                raise ConfigurationError(
+                    f"There is no complete checkpoint in {folder}. Those of a run that was resumed are where it was resumed "
+                    "from."
+                )
             folder = newest
         arguments[i + 1] = str(folder / MODEL)
     return arguments

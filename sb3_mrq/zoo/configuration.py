@@ -66,15 +66,18 @@ def check_configuration_file(path: Path) -> None:
     :param path: YAML file
     :raises ConfigurationError: with file and line
     """
-    with path.open() as file:
-        try:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f", line {mark.line + 1}" if mark is not None else ""
-            raise ConfigurationError(f"{path}{where}: {error.problem or error.context}.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path}: {error}.") from error
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigurationError(f"{path}{where}: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}.") from error
 
     if not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import NAME, newest_with_model
+from sb3_mrq.checkpoints import NAME, VEC_NORMALIZE, newest_with_model
 from sb3_mrq.zoo.configuration import (
     ConfigurationError,
     check_configuration_file,
@@ -110,12 +110,19 @@ class MRQExperimentManager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        value = hyperparams.get("learning_rate")
+        if isinstance(value, str) and not value.startswith("lin_"):
+            try:
+                # Without a decimal point, YAML takes 3e-4 for text
+                hyperparams["learning_rate"] = float(value)
+            except ValueError:
+                message = f"learning_rate is {value}, but must be a number, or lin_3e-4 and the like."
+                raise ConfigurationError(message) from None
         hyperparams = ExperimentManager._preprocess_schedules(hyperparams)
         value = hyperparams.get("encoder_learning_rate")
         if isinstance(value, str):
             kind, _, initial_value = value.rpartition("_")
             try:
-                # Without a decimal point, YAML takes 1e-4 for text
                 rate = float(initial_value)
             except ValueError:
                 rate = -1.0
@@ -143,6 +150,9 @@ class MRQExperimentManager(ExperimentManager):
         if self.algo != "mrq" or name is None:
             return super()._load_pretrained_agent(hyperparams, env)
         print(f"Resuming from the checkpoint {checkpoint}")
+        if (checkpoint / VEC_NORMALIZE).exists() and not self.normalize:
+            # Evaluations, and whoever loads the model from the folder of the run, would not normalise
+            raise ConfigurationError(f"The run of {checkpoint} normalised: give it 'normalize: true' as it had.")
         source, prefix = checkpoint, name["prefix"]
         if checkpoint == newest_with_model(checkpoint.parent, prefix):
             # From the newest one the run goes on where it was: in the same folder, and from the one before it if it is damaged

@@ -1,0 +1,67 @@
+"""
+Numbers that stay on the device: means of what updates report, and what updates read that changes during training.
+"""
+
+from collections.abc import Sequence
+
+import torch as th
+
+
+class MetricMeans:
+    """
+    Means of what updates report, summed up on the device until they are asked for.
+
+    :param names: of the metrics
+    :param device: of the metrics
+    """
+
+    def __init__(self, names: Sequence[str], device: th.device):
+        self.names = names
+        # The last one counts
+        self._sums = th.zeros(len(names) + 1, device=device)
+        self._one = th.ones((), device=device)
+
+    def add(self, metrics: Sequence[th.Tensor]) -> None:
+        """
+        :param metrics: 0-d tensors, in the order of the names
+        """
+        self._sums.add_(th.stack([*metrics, self._one]))
+
+    def take(self) -> dict[str, float]:
+        """
+        :return: the means of what was added since the last call, none if that was nothing
+        """
+        *sums, count = self._sums.tolist()
+        self._sums.zero_()
+        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
+
+
+class Scalars:
+    """
+    Numbers as 0-d tensors that stay where they are, for code that is compiled or captured and would take a number for a
+    constant.
+
+    :param device: of the tensors
+    """
+
+    def __init__(self, device: th.device):
+        self.device = device
+        self._values: dict[str, float] = {}
+        self._tensors: dict[str, th.Tensor] = {}
+
+    def set(self, **values: float) -> None:
+        """
+        :param values: numbers by name
+        """
+        for name, value in values.items():
+            if name not in self._tensors:
+                self._tensors[name] = th.full((), float(value), device=self.device)
+            elif self._values[name] != value:
+                self._tensors[name].fill_(value)
+            self._values[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> th.Tensor:
+        return self._tensors[name]

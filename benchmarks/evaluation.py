@@ -2,15 +2,19 @@
 Evaluation during training, as the benchmarks do it: before the first step and every so many steps, returns to a CSV file.
 """
 
+import contextlib
 import csv
+import os
 import platform
 import subprocess
+import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch as th
@@ -150,6 +154,23 @@ def copy_normalization(source: VecEnv, target: VecEnv) -> None:
     theirs.ret_rms = deepcopy(ours.ret_rms)
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[str]]:
+    """
+    :param path: of a file that others may be writing too
+    :return: a file that takes its place when it is complete
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "w", newline="") as file:
+            yield file
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 class EvaluationCallback(BaseCallback):
     """
     Evaluate before the first step, every so many steps and at the end, append the returns to a CSV file, and stop where the
@@ -187,7 +208,8 @@ class EvaluationCallback(BaseCallback):
         self._plan_next()
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["timesteps"]) <= self.num_timesteps]
-        with self.path.open("w", newline="") as file:
+        # Whole or as it was, if it ends here
+        with new_file(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -28,7 +28,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -41,8 +40,8 @@ import rl_zoo3
 import yaml
 from tqdm import tqdm
 
-from benchmarks.evaluation import COLUMNS
-from sb3_mrq.checkpoints import list_checkpoints
+from benchmarks.evaluation import COLUMNS, new_file
+from sb3_mrq.checkpoints import newest_with_model
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
 from sb3_mrq.files import atomic_file
 from sb3_mrq.zoo.configuration import closest
@@ -153,7 +152,8 @@ class Run:
         :return: whether there is a checkpoint of a run with these settings
         """
         checkpoints = self.folder / CHECKPOINTS
-        return self.recorded_settings() == self.settings and checkpoints.is_dir() and bool(list_checkpoints(checkpoints))
+        same = self.recorded_settings() == self.settings
+        return same and checkpoints.is_dir() and newest_with_model(checkpoints) is not None
 
     def finished(self) -> bool:
         """
@@ -420,23 +420,6 @@ def gather(runs: Iterable[Run], out: Path) -> int:
                         where = (record["versions"], record["machine"])
                         writer.writerow([run.task, run.algorithm, run.seed, row["timesteps"], *measured, *where])
     return len(finished)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[str]]:
-    """
-    :param path: of a file that others may be writing too
-    :return: a file that takes its place when it is complete
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w", newline="") as file:
-            yield file
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:

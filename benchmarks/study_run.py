@@ -46,7 +46,7 @@ class StudyManager(MRQExperimentManager):
         if ExperimentManager.is_atari(self.env_name.gym_id):
             env = papers_atari(env, self.seed)
         if self.algo == "mrq":
-            self.callbacks.append(ResumableCheckpointCallback(CHECKPOINT_FREQ, self.folder / CHECKPOINTS, keep_last=1))
+            self.callbacks.append(ResumableCheckpointCallback(CHECKPOINT_FREQ, self.folder / CHECKPOINTS, keep_last=2))
         self.callbacks.append(
             EvaluationCallback(
                 env,

@@ -3,7 +3,8 @@ The replay buffer of MR.Q: sub-trajectories of several environments, sampled by 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,16 +198,28 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         n_places = self.buffer_size * self.n_envs
         # With more frames in a stack there might be times when nothing can be sampled
         max_stack = min(self.buffer_size - self.reach - 1, 255)
-        self._storages = {
-            key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack)
-            for key, subspace in subspaces_of(self.observation_space).items()
-        }
         dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         self.actions = np.zeros((n_places, self.action_dim), dtype=dtype)
         self.rewards = np.zeros(n_places, dtype=np.float32)
         self._flags = np.zeros(n_places, dtype=np.uint8)
         self._ages = np.zeros(n_places, dtype=np.uint8)
         self._priorities = PriorityTree(n_places)
+        # Last, as what tells that the others are there
+        self._storages = {
+            key: ObservationStorage(subspace, self.buffer_size, self.n_envs, max_stack)
+            for key, subspace in subspaces_of(self.observation_space).items()
+        }
+
+    @contextmanager
+    def _remedy(self) -> Iterator[None]:
+        """For what takes memory, an error that says what to do where there is none."""
+        try:
+            yield
+        except MemoryError as error:
+            raise MemoryError(
+                f"{self.buffer_size * self.n_envs} places of the replay buffer take more memory than there is: use a smaller "
+                f"buffer_size. {error}"
+            ) from error
 
     def _check_memory(self) -> None:
         """Warn where memory will not do once every place is written to, as the buffers of SB3 do."""
@@ -317,7 +330,8 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         :raises BadValueError: if an observation or reward cannot be learned from; nothing is stored then
         """
         if not self._storages:
-            self._allocate()
+            with self._remedy():
+                self._allocate()
         action = np.reshape(action, (self.n_envs, self.action_dim))
         done = np.asarray(done, dtype=bool)
         reward = np.asarray(reward)
@@ -344,15 +358,11 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         stored_otherwise = False
         for key, storage in self._storages.items():
             if not storage.data.size:
-                try:
+                with self._remedy():
                     storage.allocate(obs_[key], next_obs_[key])
-                except MemoryError as error:
-                    raise MemoryError(
-                        f"{self.buffer_size * self.n_envs} places of the replay buffer take more memory than there is: use a "
-                        f"smaller buffer_size. {error}"
-                    ) from error
             elif not storage.fits(obs_[key], next_obs_[key], beginning):
-                storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
+                with self._remedy():
+                    storage.refit(obs_[key], next_obs_[key], beginning, np.flatnonzero(self._flags & PRESENT), self._ages)
             else:
                 continue
             stored_otherwise = True

@@ -80,15 +80,16 @@ class ResumableCheckpointCallback(BaseCallback):
         ``checkpoints`` in the folder of the run, where it is None.
     :param name_prefix: what the names of the checkpoints begin with
     :param keep_last: how many checkpoints of a run to keep, None for all. While one is written there is one more.
-    :param at_episode_end: whether to put a checkpoint off until the episodes of all environments have ended together, so that
-        no episode is cut short where training is resumed; not those at the end of ``learn``. Where several environments end
-        theirs at different times, a checkpoint is put off until each has ended one; episodes are cut short then, with a
-        warning.
+    :param at_episode_end: whether to put a checkpoint off until all environments are between episodes, so that no episode is
+        cut short where training is resumed; not those at the end of ``learn``. If that does not happen until each
+        environment has ended ``PATIENCE`` episodes, there is a checkpoint all the same, with a warning.
     :param handle_signals: whether SIGTERM and Ctrl-C end training with a checkpoint
     :param verbose: Verbosity level: 0 for no output, 1 for a line for each checkpoint
     """
 
     model: MRQ
+
+    PATIENCE = 10
 
     def __init__(
         self,
@@ -117,26 +118,31 @@ class ResumableCheckpointCallback(BaseCallback):
         self._stopping = False
         # Steps at the last checkpoint
         self._saved_at = 0
-        # Environments whose episodes have ended since a checkpoint was due, others' going on
-        self._ended_apart = np.zeros(1, dtype=bool)
+        # Episodes of each environment that have ended since a checkpoint was due
+        self._n_ended = np.zeros(1, dtype=np.int64)
         self._warned = False
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, MRQ):
             raise TypeError(f"ResumableCheckpointCallback is for MRQ, not for {type(self.model).__name__}.")
+        self._check_parent()
         if self.save_path is None:
             raise ValueError("save_path is missing: the folder for the checkpoints.")
         # Not where a checkpoint is written: if the folder is gone then, something is wrong with the disk
         Path(self.save_path).mkdir(parents=True, exist_ok=True)
 
-    def _on_training_start(self) -> None:
+    def _check_parent(self) -> None:
         if self.parent is not None:
             raise ValueError(
                 "ResumableCheckpointCallback must be given to learn by itself or in a list, not to "
                 f"{type(self.parent).__name__}, which does not tell it when rollouts begin and training ends."
             )
+
+    def _on_training_start(self) -> None:
+        # In a list it has the list's parent from here on
+        self._check_parent()
         self._saved_at = self.model.num_timesteps
-        self._ended_apart = np.zeros(self.model.n_envs, dtype=bool)
+        self._n_ended = np.zeros(self.model.n_envs, dtype=np.int64)
         self._learning, self._stopping, self.stopped_by = True, False, None
         self.model.while_learning.callback(self._on_learn_exit)
         if self.handle_signals:
@@ -157,7 +163,7 @@ class ResumableCheckpointCallback(BaseCallback):
             assert self.model.replay_buffer is not None
             if self.model.replay_buffer.between_episodes or not self.at_episode_end:
                 self._save()
-            elif self._ended_apart.all():
+            elif self._n_ended.min() >= self.PATIENCE:
                 self._warn_of_cut_episodes()
                 self._save()
 
@@ -168,17 +174,16 @@ class ResumableCheckpointCallback(BaseCallback):
     def _warn_of_cut_episodes(self) -> None:
         if not self._warned:
             warnings.warn(
-                "The episodes of the environments end at different times, so checkpoints are made while some are running, in "
-                "spite of at_episode_end: these episodes are cut short where training is resumed.",
+                f"The environments were not between episodes at once before a rollout in {self.PATIENCE} episodes, so "
+                "checkpoints are made in spite of at_episode_end: episodes are cut short where training is resumed.",
                 stacklevel=2,
             )
         self._warned = True
 
     def _on_step(self) -> bool:
         # The transition of this step is not stored yet
-        dones = self.locals["dones"]
-        if self.at_episode_end and self._is_due and dones.any() and not dones.all():
-            self._ended_apart |= dones
+        if self.at_episode_end and self._is_due:
+            self._n_ended += self.locals["dones"]
         return not self._stopping
 
     def _on_training_end(self) -> None:
@@ -195,6 +200,6 @@ class ResumableCheckpointCallback(BaseCallback):
         assert self.save_path is not None
         path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
         self._saved_at = self.model.num_timesteps
-        self._ended_apart[:] = False
+        self._n_ended[:] = 0
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")

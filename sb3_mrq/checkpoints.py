@@ -29,6 +29,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
+from sb3_mrq.checks import DivergedError
 from sb3_mrq.files import TEMPORARY, sync_file, sync_folder
 from sb3_mrq.replay_files import ReplayFileError
 
@@ -149,13 +150,18 @@ def write_checkpoint(model: "MRQ", folder: str | Path, name_prefix: str = "mrq",
     :param keep_last: how many of this run's checkpoints to keep, None for all
     :return: the folder of the checkpoint
     :raises CheckpointError: if it cannot be written; complete checkpoints stay as they are then
+    :raises DivergedError: if there is a weight that is not finite, from which training could not go on
     """
+    if not all(th.isfinite(parameter).all() for parameter in model.policy.parameters()):
+        raise DivergedError("there are weights that are not finite")
     folder = Path(folder)
     temporary = None
     try:
         _clear(folder, name_prefix)
         number = max((checkpoint.number for checkpoint in list_checkpoints(folder, name_prefix)), default=0) + 1
         path = folder / f"{name_prefix}_{number:06d}_{model.num_timesteps}_steps"
+        # A damaged one of that name is not there any more
+        model.damaged_checkpoints = [name for name in model.damaged_checkpoints if name != path.name]
         temporary = folder / f"{TEMPORARY}{path.name}"
         temporary.mkdir()
         _write_files(model, temporary)
@@ -223,8 +229,9 @@ def _delete_old(folder: Path, name_prefix: str, model: "MRQ", keep_last: int) ->
     ours = [checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix) if _is_of(checkpoint.path, model)]
     # One that could not be resumed from does not count
     usable = [path for path in ours if path.name not in model.damaged_checkpoints]
-    oldest_kept = usable[:keep_last][-1]
-    for path in ours[ours.index(oldest_kept) + 1 :] if len(usable) >= keep_last else []:
+    if len(usable) < keep_last:
+        return
+    for path in ours[ours.index(usable[keep_last - 1]) + 1 :]:
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
         try:
             # Deleting takes a while, in which it would be an incomplete one under the name of a complete one

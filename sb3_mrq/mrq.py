@@ -343,7 +343,7 @@ class MRQ(OffPolicyAlgorithm):
         self._check_replay_buffer(self.replay_buffer)
         if reset_num_timesteps:
             # Another run, whose checkpoints do not replace those of the one before
-            self.run_id = None
+            self.run_id, self.damaged_checkpoints = None, []
         self.replay_buffer.check_size()
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         if last_step <= self.learning_starts:
@@ -492,13 +492,16 @@ class MRQ(OffPolicyAlgorithm):
         for key, space in subspaces_of(self.observation_space).items():
             rows: Any = next_obs if key is None else next_obs[key]
             value = np.asarray(final_obs if key is None else final_obs[key])
-            # What normalisation and its inverse leave of an integer would be truncated
-            rounded = rows.dtype.kind in "iu" and value.dtype.kind == "f"
-            try:
-                rows[i] = np.rint(value) if rounded else value
-            except (TypeError, ValueError, OverflowError):
+            if value.size != rows[i].size or value.dtype.kind not in "biuf":
                 form = f"of the type {value.dtype} and the shape {value.shape}"
-                raise BadValueError(f"Environment {i} gave a final observation {form}, which is not in {space},") from None
+                raise BadValueError(f"Environment {i} gave a final observation {form}, which is not in {space},")
+            if rows.dtype.kind in "iu" and value.dtype.kind == "f":
+                # What normalisation and its inverse leave of an integer would be truncated, and what is out of range wrapped
+                value = np.rint(value)
+                bounds = np.iinfo(rows.dtype)
+                if not ((value >= bounds.min) & (value <= bounds.max)).all():
+                    raise BadValueError(f"Environment {i} gave a final observation {value}, which is not in {space},")
+            rows[i] = value.reshape(rows[i].shape)
 
     def _check_observations(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
@@ -561,17 +564,15 @@ class MRQ(OffPolicyAlgorithm):
         return self.policy.unscale_action(buffer_action), buffer_action
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
-        action = None
         if self._device_training is not None:
             try:
                 action = self._device_training.act(obs, noise)
+                if not np.isfinite(action).all():
+                    raise DivergedError(f"the policy's action is {action}")
+                return action
             except CaptureError as error:
                 self._give_up_capturing(error)
-        if action is None:
-            action = self.policy.explore(obs, noise)
-        if not np.isfinite(action).all():
-            raise DivergedError(f"the policy's action is {action}")
-        return action
+        return self.policy.explore(obs, noise)
 
     def _preprocess(self, obs: Observation) -> Observation:
         """
@@ -781,7 +782,7 @@ class MRQ(OffPolicyAlgorithm):
         """
         means = metrics.take()
         # Seen earlier in TD errors, but for those of captured steps and where all priorities are the same
-        if np.isnan(list(means.values())).any():
+        if not np.isfinite(list(means.values())).all():
             raise DivergedError(f"means of the last updates are {means}")
         for name, mean in means.items():
             self.logger.record(f"train/{name}", mean)
@@ -801,6 +802,8 @@ class MRQ(OffPolicyAlgorithm):
         with th.no_grad():
             z_s = self.encoder.state(self.policy.preprocess(samples.observations))
         self.policy.set_training_mode(True)
+        if not th.isfinite(z_s).all():
+            raise DivergedError("embeddings are not finite")
         # Effective rank (Roy and Vetterli, 2007) around the mean: exponential of the entropy of the normalised singular values
         shares = th.linalg.svdvals(z_s - z_s.mean(dim=0))
         shares = shares / shares.sum().clamp_min(1e-12)

@@ -33,11 +33,8 @@ def make_activation(activation_fn: type[nn.Module]) -> nn.Module:
     :param activation_fn: class of the activation
     :return: the activation, of what a linear layer, convolution or layer norm has just made and nothing else uses
     """
-    activation = activation_fn()
     # Its gradient needs the output alone, and memory is what it takes time for
-    if isinstance(activation, nn.ELU):
-        activation.inplace = True
-    return activation
+    return nn.ELU(inplace=True) if activation_fn is nn.ELU else activation_fn()
 
 
 class LayerNormActivation(nn.Module):

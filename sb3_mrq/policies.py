@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
 from sb3_mrq.networks import Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
 from sb3_mrq.observations import map_observation
@@ -291,9 +292,15 @@ class MRQPolicy(BasePolicy):
         :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]; half of it is used for
             discrete actions
         :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
+        :raises DivergedError: if the networks give numbers that are not finite
         """
         obs_tensor, _ = self.obs_to_tensor(observation)
-        return self.explore_tensor(obs_tensor, noise).cpu().numpy()
+        with th.no_grad():
+            pre_activation = self.pre_activation(obs_tensor)
+            # The largest of them would be a discrete action all the same
+            if not th.isfinite(pre_activation).all():
+                raise DivergedError(f"before its activation, the policy's action is {pre_activation.tolist()}")
+            return self.actions.explore(pre_activation, noise).cpu().numpy()
 
     @th.no_grad()
     def explore_tensor(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:

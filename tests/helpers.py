@@ -7,7 +7,8 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_mrq.learner import Learner, UpdateHyperparameters
+from sb3_mrq.hyperparameters import UpdateHyperparameters
+from sb3_mrq.learner import Learner
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.policies import MlpPolicy
 

@@ -30,6 +30,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.checks import BadValueError
 from sb3_mrq.frames import ObservationStorage
 
 DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
@@ -292,9 +293,35 @@ def test_final_observations_of_integers_behind_vec_normalize():
     np.testing.assert_array_equal(model.replay_buffer.places()["observations None"][ends], np.stack(finals))
 
 
+@pytest.mark.parametrize("value", [300.0, -1.0, np.nan])
+def test_final_observations_of_integers_out_of_range(value):
+    """They are not taken for what is left of them in a byte."""
+
+    class OutOfRange(SpaceEnv):
+        def step(self, action):
+            obs, *others = super().step(action)
+            return np.full(3, value) if self.t == self.length else obs, *others
+
+    with pytest.raises(BadValueError, match=r"final observation .* which is not in"):
+        tiny_model(OutOfRange(spaces.Box(0, 255, (3,), dtype=np.uint8))).learn(30)
+
+
+def test_final_observation_of_one_number():
+    """It is not taken for all numbers of an observation."""
+
+    class Short(SpaceEnv):
+        def step(self, action):
+            obs, *others = super().step(action)
+            return obs[:1] if self.t == self.length else obs, *others
+
+    with pytest.raises(BadValueError, match=r"final observation of the type float32 and the shape \(1,\), which is not in"):
+        tiny_model(Short()).learn(30)
+
+
 def test_too_little_memory_is_told(monkeypatch):
     buffer = SubtrajectoryReplayBuffer(10_000, VECTOR, BOX)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr("sb3_mrq.buffers.psutil", psutil)
     obs = np.zeros((1, 3), dtype=np.float32)
     with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
         buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])

@@ -23,13 +23,20 @@ import torch as th
 from envs import IMAGE, SpaceEnv, policy_for, tiny_model
 from helpers import file_size_limit, snapshot
 from stable_baselines3 import TD3
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mrq import MRQ, checkpoints
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.checkpoints import CheckpointError, DamagedCheckpointError, list_checkpoints, write_checkpoint
+from sb3_mrq.checks import DivergedError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and signals of Linux")
 
@@ -87,12 +94,28 @@ def test_at_episode_end(tmp_path):
 
 
 def test_episodes_that_never_end_together(tmp_path):
-    """There are checkpoints all the same, once each environment has ended an episode."""
-    model = tiny_model(make_vec_env_of([6, 7, 11]))
-    with pytest.warns(UserWarning, match="end at different times") as warned:
-        learn(model, tmp_path, 300, 60, keep_last=None, at_episode_end=True)
-    assert len(steps(tmp_path)) >= 4
-    assert len([w for w in warned if "end at different times" in str(w.message)]) == 1
+    """There are checkpoints all the same, once each environment has ended several episodes."""
+
+    class OddFirst(SpaceEnv):
+        """Episodes of 6 steps after one of 5: none ends where a rollout of two steps does."""
+
+        n_resets = 0
+
+        def reset(self, **kwargs):
+            self.n_resets += 1
+            self.length = 5 if self.n_resets == 1 else 6
+            return super().reset(**kwargs)
+
+    message = "not between episodes at once"
+    for folder, env, kwargs in (
+        (tmp_path / "apart", make_vec_env_of([6, 7, 11]), {}),
+        (tmp_path / "within", OddFirst(), {"train_freq": 2}),
+    ):
+        model = tiny_model(env, gradient_steps=1, **kwargs)
+        with pytest.warns(UserWarning, match=message) as warned:
+            learn(model, folder, 1200, 60, keep_last=None, at_episode_end=True)
+        assert len(steps(folder)) >= 3
+        assert len([w for w in warned if message in str(w.message)]) == 1
     # Those that end together are waited for
     folder = tmp_path / "together"
     learn(tiny_model(make_vec_env_of([30, 30])), folder, 150, 10, keep_last=None, at_episode_end=True)
@@ -153,9 +176,23 @@ def test_within_another_callback(tmp_path):
     nested = EveryNTimesteps(5, ResumableCheckpointCallback(10, tmp_path))
     with pytest.raises(ValueError, match="not to EveryNTimesteps"):
         tiny_model(SpaceEnv()).learn(20, callback=nested)
+    with pytest.raises(ValueError, match="not to EvalCallback"):
+        best = ResumableCheckpointCallback(10, tmp_path)
+        tiny_model(SpaceEnv()).learn(20, callback=EvalCallback(SpaceEnv(), callback_on_new_best=best))
     in_list = CallbackList([CallbackList([ResumableCheckpointCallback(10, tmp_path)])])
     tiny_model(SpaceEnv()).learn(20, callback=in_list)
     assert steps(tmp_path) == [20, 10]
+
+
+def test_none_of_a_model_that_has_diverged(tmp_path):
+    """It would take the place of one that training can go on from."""
+    model = tiny_model(SpaceEnv())
+    learn(model, tmp_path, 20, 10, keep_last=1)
+    with th.no_grad():
+        next(model.critic.parameters()).fill_(th.nan)
+    with pytest.raises(DivergedError, match="weights that are not finite"):
+        write_checkpoint(model, tmp_path, keep_last=1)
+    assert steps(tmp_path) == [20]
 
 
 def test_wrong_arguments(tmp_path):

@@ -259,7 +259,8 @@ def test_another_environment(env, match, normalised, tmp_path):
     """An error of the user is not taken for a damaged checkpoint."""
     model = tiny_model(VecNormalize(make_vec_env(SpaceEnv, 1)) if normalised else SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path, keep_last=None))
-    match = f"{match}|spaces must have the same shape"
+    if normalised and "spaces" in match:
+        match += "|spaces must have the same shape"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=match):

@@ -313,8 +313,11 @@ def test_divergence_is_told(alpha):
 
 
 @pytest.mark.parametrize("network", ["actor", "encoder"])
-def test_environments_get_no_action_that_is_not_a_number(network):
+@pytest.mark.parametrize("action_space", [ACTION_SPACE, spaces.Discrete(3)], ids=["Box", "Discrete"])
+def test_environments_get_no_action_that_is_not_a_number(network, action_space):
+    """Nor one that was chosen among numbers that are not."""
     env = ToyEnv(reward=alternating_rewards)
+    env.action_space = action_space
     model = make_model(env)
     model.learn(20)
     with th.no_grad():
@@ -323,6 +326,23 @@ def test_environments_get_no_action_that_is_not_a_number(network):
     with pytest.raises(DivergedError, match="the policy's action is"):
         model.learn(20, reset_num_timesteps=False)
     assert len(env.rewards) == n_steps
+
+
+def test_embeddings_that_are_not_finite():
+    """The last encoder update of a burst may be the one that goes wrong."""
+    model = make_model(ToyEnv(reward=alternating_rewards))
+    model.learn(20)
+    update = model._train_encoder
+
+    def spoil(batch_size):
+        update(batch_size)
+        with th.no_grad():
+            next(model.encoder.parameters()).fill_(th.inf)
+
+    model._train_encoder = spoil
+    model.target_update_interval = 1
+    with pytest.raises(DivergedError, match="embeddings are not finite"):
+        model.train(1, batch_size=8)
 
 
 def test_reward_scale_under_normalised_rewards():

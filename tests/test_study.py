@@ -316,18 +316,21 @@ class TestEnds:
 
     def test_signals(self):
         """Of a terminal that is closed, too, unless they are ignored, as by nohup."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        for number in before:
-            with study.signals_as_ctrl_c(), pytest.raises(KeyboardInterrupt, match=number.name):
-                os.kill(os.getpid(), number)
-                time.sleep(1)
-        assert before == {number: signal.getsignal(number) for number in before}
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        # The tests themselves may have been started by nohup
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
         try:
+            for number in numbers:
+                with study.signals_as_ctrl_c(), pytest.raises(KeyboardInterrupt, match=number.name):
+                    os.kill(os.getpid(), number)
+                    time.sleep(1)
+            assert all(signal.getsignal(number) == signal.SIG_DFL for number in numbers)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with study.signals_as_ctrl_c():
                 os.kill(os.getpid(), signal.SIGHUP)
         finally:
-            signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def breaking_off(command):

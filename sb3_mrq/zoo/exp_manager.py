@@ -110,25 +110,19 @@ class MRQExperimentManager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        value = hyperparams.get("learning_rate")
-        if isinstance(value, str) and not value.startswith("lin_"):
-            try:
-                # Without a decimal point, YAML takes 3e-4 for text
-                hyperparams["learning_rate"] = float(value)
-            except ValueError:
-                message = f"learning_rate is {value}, but must be a number, or lin_3e-4 and the like."
-                raise ConfigurationError(message) from None
+        names = ("learning_rate", "encoder_learning_rate")
+        given = {name: hyperparams.pop(name) for name in names if isinstance(hyperparams.get(name), str)}
         hyperparams = ExperimentManager._preprocess_schedules(hyperparams)
-        value = hyperparams.get("encoder_learning_rate")
-        if isinstance(value, str):
+        for name, value in given.items():
             kind, _, initial_value = value.rpartition("_")
             try:
+                # Without a decimal point, YAML takes 1e-4 for text
                 rate = float(initial_value)
             except ValueError:
                 rate = -1.0
             if kind not in ("", "lin") or not rate >= 0:
-                raise ConfigurationError(f"encoder_learning_rate is {value}, but must be a number, or lin_1e-4 and the like.")
-            hyperparams["encoder_learning_rate"] = SimpleLinearSchedule(rate) if kind else rate
+                raise ConfigurationError(f"{name} is {value}, but must be a number, or lin_1e-4 and the like.")
+            hyperparams[name] = SimpleLinearSchedule(rate) if kind else rate
         return hyperparams
 
     def create_callbacks(self) -> None:

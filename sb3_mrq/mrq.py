@@ -259,13 +259,13 @@ class MRQ(OffPolicyAlgorithm):
             check_observation_space(env.observation_space)
             make_actions(env.action_space)
         wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
-        if isinstance(wrapped, VecTransposeImage) and unwrap_vec_normalize(wrapped) is not None:
+        vec_normalize = unwrap_vec_normalize(wrapped)
+        if isinstance(wrapped, VecTransposeImage) and vec_normalize is not None:
             # Original observations, which are stored, and final ones would have their axes in another order
             raise ValueError(
                 "VecNormalize is around images whose channels come last: put a VecTransposeImage inside of it, as in "
                 "VecNormalize(VecTransposeImage(env))."
             )
-        vec_normalize = unwrap_vec_normalize(wrapped)
         if vec_normalize is not None and vec_normalize.observation_space.shape != wrapped.observation_space.shape:
             raise ValueError(
                 f"The observations of VecNormalize {vec_normalize.observation_space.shape} are changed outside of it, to "
@@ -361,7 +361,7 @@ class MRQ(OffPolicyAlgorithm):
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
-        env_steps = None if self.env is None or self._last_obs is None else count_env_steps(self.env)
+        env_steps = self._count_env_steps()
         if self._env_steps is not None and env_steps is not None and env_steps != self._env_steps:
             # Evaluated in since then, or another one: what comes next does not follow from the last observation
             self._last_obs = None
@@ -397,6 +397,9 @@ class MRQ(OffPolicyAlgorithm):
             set_generators(self, self.resumed_generators)
         self.resumed_generators = self.resumed_compiled = None
         return total_timesteps, callback
+
+    def _count_env_steps(self) -> list[int] | None:
+        return None if self.env is None or self._last_obs is None else count_env_steps(self.env)
 
     def _check_replay_buffer(self, replay_buffer: ReplayBuffer) -> None:
         """
@@ -844,7 +847,7 @@ class MRQ(OffPolicyAlgorithm):
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
-        self._env_steps = None if self.env is None or self._last_obs is None else count_env_steps(self.env)
+        self._env_steps = self._count_env_steps()
         return self
 
     @classmethod

@@ -42,6 +42,19 @@ def tiny_model(env, policy="MlpPolicy", policy_kwargs=None, **kwargs):
     return MRQ(policy, env, policy_kwargs={**TINY_POLICY, **(policy_kwargs or {})}, **{**TINY, **kwargs})
 
 
+def note_deterministic(model, monkeypatch):
+    """A list of how ``predict`` is called from now on, deterministically or not."""
+    seen = []
+    predict = model.predict
+
+    def noted(*args, deterministic, **kwargs):
+        seen.append(deterministic)
+        return predict(*args, deterministic=deterministic, **kwargs)
+
+    monkeypatch.setattr(model, "predict", noted)
+    return seen
+
+
 class SpaceEnv(gym.Env):
     """
     Random observations of any space, whatever the action, which must lie in the action space. Rewards are drawn from

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from envs import VECTOR, SpaceEnv, tiny_model
+from envs import VECTOR, SpaceEnv, note_deterministic, tiny_model
 from gymnasium import spaces
 from matplotlib import image
 from stable_baselines3.common.monitor import Monitor
@@ -45,14 +45,7 @@ def test_discrete_policies_are_evaluated_by_samples(actions, deterministic, monk
     evaluation = runpy.run_path(str(SCRIPT))["Evaluation"]("Pendulum-v1", 10, 1, 0)
     evaluation.env = Monitor(SpaceEnv(VECTOR, actions))
     model = tiny_model(SpaceEnv(VECTOR, actions))
-    seen = []
-    predict = model.predict
-
-    def noted(*args, deterministic, **kwargs):
-        seen.append(deterministic)
-        return predict(*args, deterministic=deterministic, **kwargs)
-
-    monkeypatch.setattr(model, "predict", noted)
+    seen = note_deterministic(model, monkeypatch)
     evaluation.init_callback(model)
     evaluation.on_training_start({}, {})
     assert set(seen) == {deterministic}

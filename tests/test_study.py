@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from envs import VECTOR, SpaceEnv, tiny_model
+from envs import VECTOR, SpaceEnv, note_deterministic, tiny_model
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -351,7 +351,9 @@ def breaking_off(command):
     return changed
 
 
-def test_random_actions():
+def noted_env():
+    """A class of environments that share a note of the actions they were given."""
+
     class Noted(NumberEnv):
         action_space = spaces.Discrete(5)
         taken = []  # noqa: RUF012
@@ -360,6 +362,11 @@ def test_random_actions():
             self.taken.append(int(action))
             return super().step(action)
 
+    return Noted
+
+
+def test_random_actions():
+    Noted = noted_env()
     env = RandomActions(DummyVecEnv([Noted, Noted]), 0.25, seed=0)
     env.reset()
     for _ in range(1000):
@@ -369,14 +376,7 @@ def test_random_actions():
 
 
 def test_random_actions_begin_anew_with_a_seed():
-    class Noted(NumberEnv):
-        action_space = spaces.Discrete(5)
-        taken = []  # noqa: RUF012
-
-        def step(self, action):
-            self.taken.append(int(action))
-            return super().step(action)
-
+    Noted = noted_env()
     env = RandomActions(DummyVecEnv([Noted]), 0.5, seed=0)
     for seed in (1, 1, 2):
         env.seed(seed)
@@ -472,14 +472,7 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
 def test_discrete_policies_are_evaluated_by_samples(tmp_path, monkeypatch):
     """Section 6: argmax(GumbelSoftmax(u)). Training draws the same numbers all the same."""
     model = tiny_model(SpaceEnv(VECTOR, spaces.Discrete(3)))
-    seen = []
-    predict = model.predict
-
-    def noted(*args, deterministic, **kwargs):
-        seen.append(deterministic)
-        return predict(*args, deterministic=deterministic, **kwargs)
-
-    monkeypatch.setattr(model, "predict", noted)
+    seen = note_deterministic(model, monkeypatch)
     env = DummyVecEnv([lambda: Monitor(SpaceEnv(VECTOR, spaces.Discrete(3)))])
     callback = EvaluationCallback(env, tmp_path / "evaluations.csv", 10, 1, "task")
     callback.init_callback(model)

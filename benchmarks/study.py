@@ -432,7 +432,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     what.add_argument("--suite", choices=SUITES, help="tasks of the paper")
     what.add_argument("--tasks", nargs="+", help="ids of environments")
     parser.add_argument("--algos", default="mrq", help="of rl-zoo3, mrq, and " + ", ".join(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 on (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the seeds are those from this one on (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of the environment (default: the paper's)")
     parser.add_argument("--eval-freq", type=int, help="steps between two evaluations (default: the paper's)")
     parser.add_argument("--eval-episodes", type=int, default=10)
@@ -453,7 +454,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
             parser.error(f"there is no algorithm {algorithm}.{closest(algorithm, known)}")
     runs = []
     # Seeds before tasks: a study that is broken off has something of every task
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         for task in SUITES[args.suite][0] if args.suite else args.tasks:
             _, papers, eval_freq = next((suite for suite in SUITES.values() if task in suite[0]), (None, None, 5_000))
             steps = args.steps or papers

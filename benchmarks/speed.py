@@ -41,6 +41,7 @@ from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, Subtrajecto
 from sb3_mrq.device_training import release
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
+from sb3_mrq.precision import bfloat16_is_fast
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)
@@ -119,6 +120,15 @@ def matmul_rate(dtype: th.dtype, device: str, seconds: float) -> float:
     return n * 2 * 256 * 512 * 512 / fastest(products, seconds)
 
 
+def precisions(device: str) -> list[str]:
+    """
+    :param device: cpu or cuda
+    :return: those to time: not bfloat16 where it would take minutes for each update
+    """
+    without = ["float32"] if device == "cpu" else ["float32", "tf32"]
+    return [*without, "bfloat16"] if bfloat16_is_fast(th.device(device)) else without
+
+
 def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepSamples, seconds: float) -> float:
     """
     :param model: for its conversions
@@ -150,9 +160,9 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
     :param device: cpu or cuda
     :param seconds: for how long to measure each figure
     :param images: whether observations are images, for which there is no plain implementation
-    :return: milliseconds of the two updates in each precision and mode; what they are in parts of the time that matrix
-        products of as many operations take in that precision, and how much faster than the plain implementation. Modes are
-        eager and compiled on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their
+    :return: milliseconds of the two updates in each of ``precisions`` and each mode; what they are in parts of the time that
+        matrix products of as many operations take in that precision, and how much faster than the plain implementation. Modes
+        are eager and compiled on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their
         batches and set priorities too.
     """
     policy, env = ("CnnPolicy", ImageNoiseEnv()) if images else ("MlpPolicy", NoiseEnv())
@@ -189,7 +199,7 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
     if not images:
         figures["plain_ms"] = 1e3 * time_plain(model, subtrajectories, n_step, seconds)
     modes = ("eager", "compiled") if device == "cpu" else ("eager", "captured", "compiled and captured")
-    for precision in ("float32", "bfloat16") if device == "cpu" else ("float32", "tf32", "bfloat16"):
+    for precision in precisions(device):
         th.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         rate = matmul_rate(th.bfloat16 if precision == "bfloat16" else th.float32, device, seconds)
         th.set_float32_matmul_precision("highest")
@@ -229,12 +239,13 @@ def time_training(env_id: str, device: str, steps: int) -> dict[str, float]:
     :param env_id: environment
     :param device: cpu or cuda
     :param steps: of the environment, each with a training step
-    :return: steps a second of training with all there is to it, simulation included
+    :return: steps a second of training with all there is to it, simulation included, in the last of ``precisions``
     """
+    precision = precisions(device)[-1]
     atari = env_id.startswith("ALE/")
     env = make_vec_env(lambda: AtariWrapper(gym.make(env_id)) if atari else gym.make(env_id), seed=0)
     policy = "CnnPolicy" if atari else "MlpPolicy"
-    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, compile_updates=True, precision="bfloat16")
+    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, compile_updates=True, precision=precision)
     model.learn(500 + TRAIN_WARM_UP)
     start = time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
@@ -358,6 +369,8 @@ def table(figures: dict[str, Any]) -> str:
                     line(f"{name}, {precision}, {mode} / floor", timed["update_ms"], row["floor_ms"], "ms")
                     if "plain_ms" in update:
                         line("    / plain implementation", timed["update_ms"], update["plain_ms"], "ms")
+    if "bfloat16" not in figures["update"]:
+        lines.append("update, bfloat16: left out, as this device has no instructions for it")
     for name, this, reference, unit in (
         ("sampling, large / small buffer", "large_ms", "small_ms", "ms"),
         ("memory / SB3's replay buffer", "mrq_mb", "sb3_mb", "MB"),

@@ -433,7 +433,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     what.add_argument("--tasks", nargs="+", help="ids of environments")
     parser.add_argument("--algos", default="mrq", help="of rl-zoo3, mrq, and " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the seeds are those from this one on (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="steps of the environment (default: the paper's)")
     parser.add_argument("--eval-freq", type=int, help="steps between two evaluations (default: the paper's)")
     parser.add_argument("--eval-episodes", type=int, default=10)

@@ -10,6 +10,7 @@ import threading
 import warnings
 from copy import deepcopy
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import gymnasium as gym
@@ -48,6 +49,7 @@ from sb3_mrq.metrics import MetricMeans, Scalars
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
+from sb3_mrq.precision import bfloat16_is_fast
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
 
 if TYPE_CHECKING:
@@ -345,19 +347,7 @@ class MRQ(OffPolicyAlgorithm):
             # Another run, whose checkpoints do not replace those of the one before
             self.run_id, self.damaged_checkpoints = None, []
         self.replay_buffer.check_size()
-        last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
-        if last_step <= self.learning_starts:
-            warnings.warn(
-                f"Nothing will be learned: {last_step} steps end before learning_starts={self.learning_starts}. Train for "
-                "longer, or let learning start earlier.",
-                stacklevel=4,
-            )
-        elif reset_num_timesteps and self._n_updates > 0 and 0 < self.learning_starts <= self.replay_buffer.size():
-            warnings.warn(
-                f"The first {self.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
-                "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0.",
-                stacklevel=4,
-            )
+        self._warn_of_settings(total_timesteps + (0 if reset_num_timesteps else self.num_timesteps), reset_num_timesteps)
         # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
         # that the environment was reset.
         self.optimize_memory_usage = False
@@ -397,6 +387,32 @@ class MRQ(OffPolicyAlgorithm):
             set_generators(self, self.resumed_generators)
         self.resumed_generators = self.resumed_compiled = None
         return total_timesteps, callback
+
+    def _warn_of_settings(self, last_step: int, reset_num_timesteps: bool) -> None:
+        """
+        Warn of what is allowed, but hardly meant.
+
+        :param last_step: of the training that is about to begin
+        :param reset_num_timesteps: whether its steps are counted from 0
+        """
+        assert self.replay_buffer is not None
+        warn = partial(warnings.warn, stacklevel=5)
+        if last_step <= self.learning_starts:
+            warn(
+                f"Nothing will be learned: {last_step} steps end before learning_starts={self.learning_starts}. Train for "
+                "longer, or let learning start earlier."
+            )
+            return
+        if reset_num_timesteps and self._n_updates > 0 and 0 < self.learning_starts <= self.replay_buffer.size():
+            warn(
+                f"The first {self.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
+                "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0."
+            )
+        if self.precision == "bfloat16" and not bfloat16_is_fast(self.device):
+            warn(
+                f"precision='bfloat16' makes training many times slower here, as this device ({self.device}) has no "
+                "instructions for it. Leave precision out, or set it to 'float32'."
+            )
 
     def _count_env_steps(self) -> list[int] | None:
         return None if self.env is None or self._last_obs is None else count_env_steps(self.env)

@@ -140,6 +140,9 @@ class MRQPolicy(BasePolicy):
         self.gumbel_temperature = gumbel_temperature
         self.n_critics = n_critics
         self.actions = make_actions(action_space, gumbel_temperature)
+        if isinstance(action_space, spaces.Box):
+            # In float64: bounds may be as wide as float32 goes
+            self._low, self._high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
         self._build(lr_schedule, encoder_lr_schedule or lr_schedule)
 
     def _build(self, lr_schedule: Schedule, encoder_lr_schedule: Schedule) -> None:
@@ -315,14 +318,13 @@ class MRQPolicy(BasePolicy):
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
-        Rescale the action from [low, high] to [-1, 1], in float64 (bounds may be as wide as float32 goes).
+        Rescale the action from [low, high] to [-1, 1], in float64.
 
         :param action: Action to scale
         :return: Scaled action, float32
         """
         assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
-        low, high = self.action_space.low.astype(np.float64), self.action_space.high.astype(np.float64)
-        return (2.0 * ((action - low) / (high - low)) - 1.0).astype(np.float32)
+        return (2.0 * ((action - self._low) / (self._high - self._low)) - 1.0).astype(np.float32)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
@@ -332,8 +334,7 @@ class MRQPolicy(BasePolicy):
         :return: Action in the space, of its dtype
         """
         assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
-        low, high = self.action_space.low.astype(np.float64), self.action_space.high.astype(np.float64)
-        action = low + 0.5 * (np.asarray(scaled_action, dtype=np.float64) + 1.0) * (high - low)
+        action = self._low + 0.5 * (np.asarray(scaled_action, dtype=np.float64) + 1.0) * (self._high - self._low)
         return np.clip(action.astype(self.action_space.dtype), self.action_space.low, self.action_space.high)
 
     def set_training_mode(self, mode: bool) -> None:

@@ -16,6 +16,7 @@ from benchmarks import learning, memory, speed
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.losses import n_step_return
+from sb3_mrq.precision import bfloat16_is_fast
 
 
 def numbers(figures):
@@ -43,7 +44,7 @@ def test_speed(tmp_path, capsys, monkeypatch):
     assert all(x > 0 for x in numbers(measured))
     table = capsys.readouterr().out
     for text in (
-        "update, bfloat16, compiled / floor",
+        "update, bfloat16, compiled / floor" if bfloat16_is_fast(th.device("cpu")) else "update, bfloat16: left out",
         "update, images, float32, eager",
         "sampling",
         "memory",
@@ -62,7 +63,8 @@ def test_memory(tmp_path):
 
 
 def test_learning(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5))
+    # Few products, as those of bfloat16 may be slow here
+    monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5, batch_size=8))
     arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --precision bfloat16 --out"
     learning.main([*arguments.split(), str(tmp_path)])
     lines = (tmp_path / "mrq-Pendulum-v1-bfloat16-seed3.csv").read_text().splitlines()

@@ -3,6 +3,7 @@ Compiled updates and bfloat16: the same training as eager float32, also where we
 and a way back where compilation fails.
 """
 
+import platform
 import shutil
 import sysconfig
 import threading
@@ -28,6 +29,7 @@ from torch._inductor.utils import fresh_cache
 from sb3_mrq import MRQ
 from sb3_mrq.networks import StateEncoder
 from sb3_mrq.policies import CnnPolicy
+from sb3_mrq.precision import bfloat16_is_fast
 
 SIZES = dict(net_arch=dict(encoder=[32, 32], qf=[32, 32], pi=[32]), z_s_dim=32, z_sa_dim=32, z_a_dim=16)
 SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, device="cpu")
@@ -341,6 +343,16 @@ def test_falls_back_without_compiler(tmp_path):
     np.testing.assert_array_equal(losses, expected)
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64", "aarch64"])
+@pytest.mark.parametrize("instructions", ["_is_amx_tile_supported", "_is_avx512_bf16_supported", None])
+def test_processors_with_bfloat16(monkeypatch, machine, instructions):
+    """Nothing is said of processors whose instructions torch does not name."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(th.cpu, name, lambda name=name: name == instructions)
+    assert bfloat16_is_fast(th.device("cpu")) == (machine == "aarch64" or instructions is not None)
+
+
 class TestModel:
     def test_arguments(self):
         with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'tf32', 'bfloat16'"):
@@ -351,6 +363,18 @@ class TestModel:
         assert model.learner.hyperparameters.precision == "bfloat16" and model.learner.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         assert model.learner.hyperparameters.precision == "float32" and not model.learner.compiled
+
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_bfloat16_without_instructions_for_it(self, monkeypatch, fast):
+        monkeypatch.setattr("sb3_mrq.mrq.bfloat16_is_fast", lambda device: fast)
+        model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", **SMALL)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            model.learn(21)
+        found = [warning for warning in record if "many times slower here" in str(warning.message)]
+        assert len(found) == (0 if fast else 1)
+        # At the line that can be changed
+        assert all(warning.filename == __file__ for warning in found)
 
     def test_tf32(self, monkeypatch):
         """For the updates alone, backward passes included."""

@@ -80,6 +80,12 @@ class TestStudy:
         written = yaml.safe_load((run.folder / "hyperparams.yml").read_text())
         assert written == {"ALE/Pong-v5": study.zoo_section(algorithm, "ALE/Pong-v5")}
 
+    def test_some_of_the_seeds(self, tmp_path):
+        arguments = ["--tasks", "Pendulum-v1", "--algos", "mrq,sac", *TINY[:-2], "--seeds", "2", "--out", str(tmp_path)]
+        runs = study.parse([*arguments, "--first-seed", "3"])[1]
+        assert [(run.algorithm, run.seed) for run in runs] == [("mrq", 3), ("sac", 3), ("mrq", 4), ("sac", 4)]
+        assert [run.seed for run in study.parse(arguments)[1]] == [0, 0, 1, 1]
+
     def test_folder_by_default(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(study, "execute", lambda run: None)

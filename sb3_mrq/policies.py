@@ -157,6 +157,11 @@ class MRQPolicy(BasePolicy):
         self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
         self.set_training_mode(False)
 
+    @property
+    def device(self) -> th.device:
+        """Device of the networks. BasePolicy looks for it among all parameters, at each action."""
+        return self.encoder.predictor.bins.device
+
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
         Create the features extractor. MR.Q's own ones follow ``net_arch``, ``activation_fn`` and ``normalize_images`` unless
@@ -335,7 +340,7 @@ class MRQPolicy(BasePolicy):
         """
         assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
         action = self._low + 0.5 * (np.asarray(scaled_action, dtype=np.float64) + 1.0) * (self._high - self._low)
-        return np.clip(action.astype(self.action_space.dtype), self.action_space.low, self.action_space.high)
+        return np.minimum(np.maximum(action.astype(self.action_space.dtype), self.action_space.low), self.action_space.high)
 
     def set_training_mode(self, mode: bool) -> None:
         """

@@ -116,9 +116,9 @@ class StateEncoder(nn.Module):
         return self.head(features[0] if len(features) == 1 else th.cat(features))
 
     def _split(self, obs: Observation) -> list[Observation]:
-        if self.images_at_once is None or th.jit.is_tracing() or th.compiler.is_exporting():
+        if self.images_at_once is None or self.head[0].weight.device.type != "cpu":
             return [obs]
-        if self.head[0].weight.device.type != "cpu":
+        if th.jit.is_tracing() or th.compiler.is_exporting():
             return [obs]
         if th.compiler.is_compiling():
             batch_size = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)

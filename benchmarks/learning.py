@@ -47,16 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
         default="highest",
         help="torch.set_float32_matmul_precision: medium computes float32 products in bfloat16 where that is faster",
     )
-    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32", help="see MRQ")
+    parser.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"], default="auto", help="see MRQ")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    variant = "" if args.precision == "float32" else f"-{args.precision}"
-    if args.matmul_precision != "highest":
-        variant += f"-{args.matmul_precision}"
-    path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
-    if path.exists():
-        parser.error(f"{path} exists: move it away, or give another folder with --out.")
     if args.threads:
         th.set_num_threads(args.threads)
     th.set_float32_matmul_precision(args.matmul_precision)
@@ -65,12 +59,19 @@ def main(arguments: list[str] | None = None) -> None:
     eval_env = make_vec_env(lambda: make_env(args.task), seed=args.seed + 1000)
     model = MRQ("MlpPolicy", env, seed=args.seed, precision=args.precision)
 
+    precision = model.learner.hyperparameters.precision
+    variant = "" if precision == "float32" else f"-{precision}"
+    if args.matmul_precision != "highest":
+        variant += f"-{args.matmul_precision}"
+    path = args.out / f"mrq-{args.task.replace('/', '_')}{variant}-seed{args.seed}.csv"
+    if path.exists():
+        parser.error(f"{path} exists: move it away, or give another folder with --out.")
     command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     with path.open("w", newline="") as file:
         file.write(f"# command: python -m benchmarks.learning {command}\n")
         file.write(f"# versions: {versions()}\n")
         file.write(f"# machine: {machine(model.device)}\n")
-        file.write(f"# precision: {args.precision}, float32 matrix products {args.matmul_precision}\n")
+        file.write(f"# precision: {precision}, float32 matrix products {args.matmul_precision}\n")
         csv.writer(file, lineterminator="\n").writerow(COLUMNS)
 
     callback = EvaluationCallback(eval_env, path, args.eval_freq, args.eval_episodes, args.task, args.until)

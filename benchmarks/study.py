@@ -57,6 +57,7 @@ SUITES: dict[str, tuple[tuple[str, ...], int, int]] = {
 
 #: names of algorithms beside those of rl-zoo3: the algorithm, and hyperparameters as rl-zoo3's command line takes them
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "mrq-float32": ("mrq", {"precision": "'float32'"}),
     "mrq-bfloat16": ("mrq", {"precision": "'bfloat16'"}),
     "mrq-no-encoder-loss": (
         "mrq",

@@ -21,6 +21,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from benchmarks.evaluation import EvaluationCallback, machine, papers_atari, versions
 from benchmarks.study import STUDY_PROCESS, read_json
+from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.files import atomic_file
 from sb3_mrq.zoo.cli import run
@@ -62,7 +63,10 @@ class StudyManager(MRQExperimentManager):
             # Stopped by a signal, after a checkpoint
             sys.exit("stopped before the end")
         super().save_trained_model(model)
-        record = {"versions": versions(), "machine": machine(model.device), "command": sys.argv}
+        where = machine(model.device)
+        if isinstance(model, MRQ):
+            where += f", {model.learner.hyperparameters.precision}"
+        record = {"versions": versions(), "machine": where, "command": sys.argv}
         settings = read_json(self.folder / "settings.json")
         with atomic_file(self.folder / "run.json") as file:
             file.write(json.dumps({"settings": settings, **record}, indent=2).encode())

@@ -49,7 +49,7 @@ from sb3_mrq.metrics import MetricMeans, Scalars
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
-from sb3_mrq.precision import bfloat16_is_fast
+from sb3_mrq.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class MRQ(OffPolicyAlgorithm):
     :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
         networks that compute matrix products and keep activations in bfloat16, which pays on GPUs and on processors with AMX
         or AVX512-BF16. Values and their targets, weights, losses and optimisers are in float32 in any case. ``"auto"`` is
-        float32.
+        bfloat16 on such a processor where observations are vectors (no images) and the features extractor is one of this
+        package; else it is float32. ``model.learner.hyperparameters.precision`` says which.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to a minute when training
         starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
         device. ``"auto"`` compiles on a CPU if ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in
@@ -306,6 +307,8 @@ class MRQ(OffPolicyAlgorithm):
         self._create_aliases()
         self._convert_train_freq()
         self.learner = Learner(self.policy, self._learner_hyperparameters(), compiled=self.compile_updates is True)
+        if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
+            print("Using bfloat16 for matrix products of updates")
         # Metrics of the last updates, on the device until they are logged
         self._encoder_metrics = MetricMeans(EncoderMetrics._fields, self.device)
         self._value_policy_metrics = MetricMeans(ValuePolicyMetrics._fields, self.device)
@@ -318,7 +321,9 @@ class MRQ(OffPolicyAlgorithm):
         :return: the hyperparameters of the updates, as they are now
         """
         values = {field.name: getattr(self, field.name) for field in fields(UpdateHyperparameters)}
-        return UpdateHyperparameters(**values | {"precision": "float32" if self.precision == "auto" else self.precision})
+        if self.precision == "auto":
+            values["precision"] = automatic_precision(self.device, self.encoder.state.features_extractor)
+        return UpdateHyperparameters(**values)
 
     def _create_aliases(self) -> None:
         self.encoder = self.policy.encoder

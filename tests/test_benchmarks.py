@@ -76,7 +76,8 @@ def test_learning(tmp_path, monkeypatch):
 
 def test_plain_implementation_computes_the_same():
     """What speed is measured against does the same work: with the same weights its losses are those of the package."""
-    model = MRQ("MlpPolicy", speed.NoiseEnv(), learning_starts=500, seed=0, device="cpu", compile_updates=False)
+    settings = dict(precision="float32", compile_updates=False)
+    model = MRQ("MlpPolicy", speed.NoiseEnv(), learning_starts=500, seed=0, device="cpu", **settings)
     with pytest.warns(UserWarning, match="Nothing will be learned"):
         model.learn(300)
     plain = Plain(17, 6)

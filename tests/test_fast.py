@@ -20,22 +20,24 @@ import torch as th
 import torch._dynamo
 from gymnasium import spaces
 from helpers import NETWORKS, make_learner, make_policy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
 from sb3_mrq import MRQ
+from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
 from sb3_mrq.networks import StateEncoder
 from sb3_mrq.policies import CnnPolicy
-from sb3_mrq.precision import bfloat16_is_fast
+from sb3_mrq.precision import automatic_precision, bfloat16_is_fast
 
 SIZES = dict(net_arch=dict(encoder=[32, 32], qf=[32, 32], pi=[32]), z_s_dim=32, z_sa_dim=32, z_a_dim=16)
 SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, device="cpu")
 OBS_DIM, BATCH = 7, 64
 ACTION_SPACES = {"box": spaces.Box(-1, 1, (3,)), "discrete": spaces.Discrete(3)}
 IMAGES = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)
+VECTOR = spaces.Box(-1, 1, (3,))
 
 
 PYTHON_HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -351,6 +353,32 @@ def test_processors_with_bfloat16(monkeypatch, machine, instructions):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(th.cpu, name, lambda name=name: name == instructions)
     assert bfloat16_is_fast(th.device("cpu")) == (machine == "aarch64" or instructions is not None)
+    # Chosen only where there are instructions for certain
+    expected = "float32" if instructions is None else "bfloat16"
+    assert automatic_precision(th.device("cpu"), MLPExtractor(VECTOR)) == expected
+
+
+class OwnExtractor(MLPExtractor):
+    """What a subclass computes is not known."""
+
+
+@pytest.mark.parametrize(
+    "device, extractor, expected",
+    [
+        ("cpu", MLPExtractor(VECTOR), "bfloat16"),
+        ("cpu", MLPExtractor(spaces.Discrete(4)), "bfloat16"),
+        ("cpu", MultiInputExtractor(spaces.Dict({"a": VECTOR, "b": spaces.Discrete(2)})), "bfloat16"),
+        ("cpu", MultiInputExtractor(spaces.Dict({"a": VECTOR, "b": IMAGES})), "float32"),
+        ("cpu", CNNExtractor(IMAGES), "float32"),
+        ("cpu", OwnExtractor(VECTOR), "float32"),
+        ("cpu", FlattenExtractor(VECTOR), "float32"),
+        ("cuda", MLPExtractor(VECTOR), "float32"),
+    ],
+)
+def test_automatic_precision(monkeypatch, device, extractor, expected):
+    """On a processor with instructions for bfloat16."""
+    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: True)
+    assert automatic_precision(th.device(device), extractor) == expected
 
 
 class TestModel:
@@ -361,8 +389,26 @@ class TestModel:
             MRQ("MlpPolicy", "Pendulum-v1", compile_updates="yes")
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", compile_updates=True, **SMALL)
         assert model.learner.hyperparameters.precision == "bfloat16" and model.learner.compiled
-        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        model = MRQ("MlpPolicy", "Pendulum-v1", precision="float32", **SMALL)
         assert model.learner.hyperparameters.precision == "float32" and not model.learner.compiled
+
+    @pytest.mark.parametrize("supported", [True, False])
+    def test_precision_by_default(self, monkeypatch, capsys, tmp_path, supported):
+        """That of the processor a model is on, also where it was saved on another one."""
+        expected = "bfloat16" if supported else "float32"
+        monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not supported)
+        MRQ("MlpPolicy", "Pendulum-v1", **SMALL).save(tmp_path / "elsewhere")
+        monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: supported)
+        model = MRQ("MlpPolicy", "Pendulum-v1", verbose=1, **SMALL)
+        assert ("Using bfloat16" in capsys.readouterr().out) == supported
+        loaded = MRQ.load(tmp_path / "elsewhere", env=model.env, device="cpu")
+        for agent in (model, loaded):
+            assert agent.precision == "auto"
+            agent.learn(21)
+            assert agent.learner.hyperparameters.precision == expected
+        model.precision = "float32"
+        model.learn(1, reset_num_timesteps=False)
+        assert model.learner.hyperparameters.precision == "float32"
 
     @pytest.mark.parametrize("fast", [True, False])
     def test_bfloat16_without_instructions_for_it(self, monkeypatch, fast):

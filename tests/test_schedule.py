@@ -579,8 +579,8 @@ def test_learning_rate_schedules():
 
 
 def test_defaults_are_those_of_the_paper():
-    """Sections 3 to 8: every constant."""
-    model = MRQ("MlpPolicy", ToyEnv(), device="cpu")
+    """Sections 3 to 8: every constant. The precision by default is that of the processor."""
+    model = MRQ("MlpPolicy", ToyEnv(), device="cpu", precision="float32")
     assert asdict(model.learner.hyperparameters) == PAPER
     expected = dict(
         buffer_size=1_000_000,

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="torch.set_float32_matmul_precision: medium computes float32 products in bfloat16 where that is faster",
     )
     parser.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"], default="auto", help="see MRQ")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:

@@ -199,6 +199,7 @@ def _write_files(model: "MRQ", folder: Path) -> None:
         "run_id": model.run_id,
         "num_timesteps": model.num_timesteps,
         "compiled": model.learner.compiled,
+        "precision": model.learner.hyperparameters.precision,
         "generators": get_generators(model),
         "files": {path.name: _describe_file(path) for path in sorted(folder.iterdir())},
     }
@@ -379,6 +380,14 @@ def _resume_from(
         vec_normalize.training = training
         model._last_original_obs = vec_normalize.get_original_obs()
 
+    precision = model.learner.hyperparameters.precision
+    before = info.get("precision", precision)  # unknown in earlier ones
+    if model.precision == "auto" and precision != before:
+        warnings.warn(
+            f"The run computed in {before} where it was, and goes on in {precision}, the automatic choice on this device. "
+            f"precision={before!r} keeps what it was.",
+            stacklevel=4,
+        )
     model.resumed_compiled = info["compiled"]
     model.resumed_generators = info["generators"]
     set_generators(model, info["generators"])

@@ -9,7 +9,7 @@ them: autocast keeps the bfloat16 copy of a weight for as long as its region las
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch as th
@@ -21,6 +21,7 @@ from sb3_mrq.compilation import CompiledFunction
 from sb3_mrq.hyperparameters import UpdateHyperparameters
 from sb3_mrq.observations import Observation
 from sb3_mrq.policies import MRQPolicy
+from sb3_mrq.precision import tf32_products
 
 
 class EncoderMetrics(NamedTuple):
@@ -142,19 +143,10 @@ class Learner:
         device = self.encoder.predictor.bins.device
         return th.autocast(device.type, th.bfloat16, enabled=self.hyperparameters.precision == "bfloat16")
 
-    @contextmanager
-    def _matmul_precision(self) -> Iterator[None]:
+    def _matmul_precision(self) -> AbstractContextManager[None]:
         """Backward passes included, hence not a part of the losses."""
-        if self.hyperparameters.precision != "tf32":
-            # What was set elsewhere may not even be readable this way
-            yield
-            return
-        before = th.get_float32_matmul_precision()
-        th.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            th.set_float32_matmul_precision(before)
+        # What was set elsewhere may not even be readable by way of this setting
+        return tf32_products() if self.hyperparameters.precision == "tf32" else nullcontext()
 
     def sample_noise(self, batch_size: int) -> Noise:
         """

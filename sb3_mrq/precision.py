@@ -3,18 +3,24 @@ In which precision matrix products are fast, and in which they are computed wher
 """
 
 import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch as th
 from torch import nn
 
-from sb3_mrq.extractors import MLPExtractor, MultiInputExtractor
+# Packages whose modules, but for convolutions, automatic_precision trusts with bfloat16
+KNOWN_PACKAGES = ("torch", "sb3_mrq")
 
 
 def processor_has_bfloat16() -> bool:
     """
-    :return: whether the processor has AMX or AVX512-BF16
+    :return: whether the processor has AMX or AVX512-BF16, as far as torch tells
     """
-    return th.cpu._is_amx_tile_supported() or th.cpu._is_avx512_bf16_supported()
+    # Not of torch's public interface
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(th.cpu, name, lambda: False)() for name in names)
 
 
 def bfloat16_is_fast(device: th.device) -> bool:
@@ -31,17 +37,48 @@ def bfloat16_is_fast(device: th.device) -> bool:
     return True
 
 
-def automatic_precision(device: th.device, features_extractor: nn.Module) -> str:
+def automatic_precision(device: th.device, *networks: nn.Module) -> str:
     """
-    What ``precision="auto"`` stands for: bfloat16 where it was measured to be faster, and to learn as float32 does. That is on
-    processors with instructions for it, with vectors as observations and this package's own layers for them. An extractor
-    of the user's own may need float32.
+    What ``precision="auto"`` stands for: bfloat16 where it was measured to be faster, on processors with AMX or AVX512-BF16,
+    for networks without convolutions. What layers of a user's own need is not known.
 
     :param device: that of the networks
-    :param features_extractor: of the state encoder
+    :param networks: all that are trained
     :return: "bfloat16" or "float32"
     """
-    vectors = type(features_extractor) is MLPExtractor or (
-        type(features_extractor) is MultiInputExtractor and not features_extractor.image_keys
-    )
-    return "bfloat16" if device.type == "cpu" and vectors and processor_has_bfloat16() else "float32"
+    if device.type != "cpu" or not processor_has_bfloat16() or not th.backends.mkldnn.is_available():
+        return "float32"
+    modules = [module for network in networks for module in network.modules()]
+    known = all(type(module).__module__.split(".")[0] in KNOWN_PACKAGES for module in modules)
+    return "bfloat16" if known and not any(isinstance(module, nn.Conv2d) for module in modules) else "float32"
+
+
+class TF32Products:
+    """
+    Float32 matrix products in TF32 where the device can, in the contexts that this makes. Torch's setting is one for all
+    threads of a process: the first to come in changes it, the last to leave sets it back, and what others compute meanwhile
+    has it, too.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = ""
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._before = th.get_float32_matmul_precision()
+                th.set_float32_matmul_precision("high")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    th.set_float32_matmul_precision(self._before)
+
+
+tf32_products = TF32Products()

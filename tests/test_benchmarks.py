@@ -62,13 +62,17 @@ def test_memory(tmp_path):
     assert 0 <= figures["buffer_gb"] < 0.05
 
 
-def test_learning(tmp_path, monkeypatch):
+@pytest.mark.parametrize("chosen", [False, True])
+def test_learning(tmp_path, monkeypatch, chosen):
+    """In bfloat16 as the processor has it, or as it is asked for."""
     # Few products, as those of bfloat16 may be slow here
     monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5, batch_size=8))
-    arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --precision bfloat16 --out"
-    learning.main([*arguments.split(), str(tmp_path)])
+    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not chosen)
+    arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --out"
+    learning.main([*arguments.split(), str(tmp_path), *(["--precision", "bfloat16"] if chosen else [])])
     lines = (tmp_path / "mrq-Pendulum-v1-bfloat16-seed3.csv").read_text().splitlines()
     assert [line for line in lines if line.startswith("# command: python -m benchmarks.learning Pendulum-v1 --seed 3")]
+    assert "# precision: bfloat16, float32 matrix products highest" in lines
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
     assert [row["timesteps"] for row in rows] == ["0", "55", "110"]
     assert all(-2000 < float(row["return_mean"]) < 0 and float(row["length_mean"]) == 200 for row in rows)

@@ -315,6 +315,28 @@ def test_compiled_where_it_was_compiled(tmp_path, monkeypatch):
     assert compiled == [False, True, False, True]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
+    """The automatic choice may be another one, which is said, and may be overruled."""
+    names = {True: "bfloat16", False: "float32"}
+    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: there)
+    tiny_model(SpaceEnv()).learn(20, callback=ResumableCheckpointCallback(20, tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
+    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not there)
+    with pytest.warns(
+        UserWarning, match=f"computed in {names[there]} where it was, and goes on in {names[not there]}"
+    ) as record:
+        resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
+    assert resumed.learner.hyperparameters.precision == names[not there]
+    assert record[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", precision=names[there])
+    assert resumed.learner.hyperparameters.precision == names[there]
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         MRQ.resume(tmp_path, SpaceEnv())

@@ -29,6 +29,7 @@ from benchmarks import evaluation, study
 from benchmarks.evaluation import EvaluationCallback, RandomActions
 from sb3_mrq import MRQ
 from sb3_mrq.envs import AtariWrapper
+from sb3_mrq.precision import automatic_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,16 @@ class TestStudy:
             with pytest.raises(SystemExit):
                 study.parse([*arguments, "--out", "x"])
             assert message in capsys.readouterr().err
+
+    def test_variants(self):
+        """Precisions by name, as what MRQ chooses by default is a matter of the machine."""
+        for precision in ("float32", "bfloat16"):
+            _, (run,) = study.parse(["--tasks", "Pendulum-v1", "--algos", f"mrq-{precision}", *TINY, "--out", "x"])
+            command = run.command()
+            assert command[command.index("--algo") + 1] == "mrq" and command[-2:] == [
+                "--hyperparams",
+                f"precision:'{precision}'",
+            ]
 
     def test_zoo_hyperparameters(self):
         assert study.zoo_section("mrq", "dmc/walker-walk-v0") is None
@@ -113,6 +124,8 @@ class TestStudy:
         ]
         assert all(-2000 < float(row["return"]) < 0 and row["length"] == "200.0" for row in rows)
         assert all("torch" in row["versions"] and "threads" in row["machine"] for row in rows)
+        precision = automatic_precision(th.device("cpu"))
+        assert [row["machine"].endswith(f", {precision}") for row in rows] == [True] * 3 + [False] * 3
         folder = tmp_path / "runs" / "mrq-1-step" / "Pendulum-v1" / "seed0"
         assert "n_steps" in next(folder.glob("zoo/**/config.yml")).read_text()
 

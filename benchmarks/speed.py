@@ -253,6 +253,34 @@ def time_training(env_id: str, device: str, steps: int) -> dict[str, float]:
     return {"steps_per_second": steps / (time.perf_counter() - start)}
 
 
+def time_parallel_training(device: str, steps: int, n_envs: int) -> dict[str, float]:
+    """
+    :param device: cpu or cuda
+    :param steps: training steps to time, a multiple of ``n_envs`` and of the interval of the targets below
+    :param n_envs: number of environments
+    :return: training steps a second with one environment and with so many, simulation included, in the last of ``precisions``,
+        uncompiled
+    """
+    interval, figures = 8, {}
+    for n in (1, n_envs):
+        model = MRQ(
+            "MlpPolicy",
+            DummyVecEnv([NoiseEnv] * n),
+            learning_starts=512,
+            target_update_interval=interval,
+            seed=0,
+            device=device,
+            precision=precisions(device)[-1],
+            compile_updates=False,
+        )
+        model.learn(512 + interval)
+        start = time.perf_counter()
+        model.learn(steps, reset_num_timesteps=False)
+        synchronize()
+        figures[f"{n}_per_second"] = steps / (time.perf_counter() - start)
+    return {**figures, "ratio": figures[f"{n_envs}_per_second"] / figures["1_per_second"]}
+
+
 def time_acting(device: str, seconds: float) -> dict[str, float]:
     """
     :param device: cpu or cuda
@@ -378,6 +406,16 @@ def table(figures: dict[str, Any]) -> str:
     ):
         row = figures[name.split(",")[0].split(" /")[0]]
         line(name, row[this], row[reference], unit)
+    updates = [
+        mode["update_ms"]
+        for row in figures["update"].values()
+        if isinstance(row, dict)
+        for mode in row.values()
+        if isinstance(mode, dict) and "update_ms" in mode
+    ]
+    line("sampling / fastest update", figures["sampling"]["large_ms"], min(updates), "ms")
+    row = figures["parallel_training"]
+    line("training steps a second, 8 environments / 1", row["8_per_second"], row["1_per_second"], "/s")
     for n_envs, row in figures["loop"].items():
         for phase in ("random", "acting"):
             line(f"loop, {n_envs} environments, {phase} / TD3", row[f"mrq_{phase}_us"], row[f"td3_{phase}_us"], "us")
@@ -411,6 +449,7 @@ def main(arguments: list[str] | None = None) -> None:
         "image_update": time_updates(args.device, args.seconds, images=True),
         "acting": time_acting(args.device, args.seconds),
         "loop": {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
+        "parallel_training": time_parallel_training(args.device, 16 * max(1, int(args.seconds)), 8),
         "training": {env_id: time_training(env_id, args.device, args.train_steps) for env_id in args.train},
     }
     print(table(figures))

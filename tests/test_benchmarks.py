@@ -38,7 +38,10 @@ def test_speed(tmp_path, capsys, monkeypatch):
     # Section 12 of the specification: 11.5 and 8 GFLOP
     assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5, rel=0.01)
     assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8, rel=0.01)
-    measured = {key: figures[key] for key in ("memory", "sampling", "update", "image_update", "acting", "loop", "training")}
+    measured = {
+        key: figures[key]
+        for key in ("memory", "sampling", "update", "image_update", "acting", "loop", "parallel_training", "training")
+    }
     assert all(math.isfinite(x) for x in numbers(measured))
     del measured["memory"]  # of so small a buffer, the pages of a process come and go
     assert all(x > 0 for x in numbers(measured))
@@ -49,6 +52,8 @@ def test_speed(tmp_path, capsys, monkeypatch):
         "sampling",
         "memory",
         "acting / TD3",
+        "sampling / fastest update",
+        "training steps a second, 8 environments / 1",
         "loop, 8 environments",
     ):
         assert text in table

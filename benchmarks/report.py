@@ -40,6 +40,8 @@ PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-vis
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PUBLISHED_COLOR = "#888888"
 PUBLISHED_NAME = "published"
+# Fewer seeds are drawn one by one: bands of several algorithms hide one another
+SEEDS_OF_A_BAND = 5
 
 #: returns that count as 0 and 1, beside those of the DeepMind Control suite: fixed, as scores must not depend on what else was
 #: run. CartPole has at most 500 steps, each with a reward of 1, and Acrobot at most 500 of -1. -100 on Acrobot and 200 on
@@ -352,7 +354,7 @@ def panel_of(task: str, tasks: Sequence[str]) -> str:
 
 
 def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]) -> None:
-    """Learning curves of one panel: mean of the seeds, and their spread from the lowest to the highest."""
+    """Learning curves of one panel: the mean of the seeds, and each of them where they are few, or else their range."""
     tasks = results["task"].unique()
     of_panel = results[[panel_of(task, tasks) == panel for task in results["task"]]]
     last = of_panel["step"].max()
@@ -364,7 +366,12 @@ def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.Dat
     for (task, algorithm), frame in of_panel.groupby(["task", "algorithm"], sort=False):
         # Only steps that all seeds have, so that the mean is always of the same ones
         table = frame.pivot(index="step", columns="seed", values="return").dropna()
-        axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colors[algorithm], alpha=0.2, linewidth=0)
+        if table.shape[1] < SEEDS_OF_A_BAND:
+            axes.plot(table.index, table, color=colors[algorithm], alpha=0.5, linewidth=0.7)
+        else:
+            axes.fill_between(
+                table.index, table.min(axis=1), table.max(axis=1), color=colors[algorithm], alpha=0.2, linewidth=0
+            )
         on = "" if task == panel else f" on {task}"
         label = f"{algorithm}{on} ({table.shape[1]} seed{'s' if table.shape[1] > 1 else ''})"
         style = ":o" if on else "-o"
@@ -394,9 +401,9 @@ def draw_overview(
         axis.legend(shown.values(), shown.keys(), fontsize=7, frameon=False, loc="upper left")
     for axis in grid.flat[len(panels) :]:
         axis.set_visible(False)
-    caption = "Lines: mean over seeds. Bands: from the lowest seed to the highest."
+    caption = f"Thick lines: mean over seeds. Thin lines: each of fewer than {SEEDS_OF_A_BAND}. Bands: lowest to highest."
     if published is not None and grey:
-        caption += f" Grey: the {published['seed'].nunique()} published seeds"
+        caption += f" Grey: the {published['seed'].nunique()} published seeds and their mean"
         caption += ", of v4 where v5 is shown." if any(re.fullmatch(r"\w+-v5", panel) for panel in panels) else "."
     figure.supxlabel(caption, fontsize=9)
     return figure

@@ -208,9 +208,14 @@ class TestReport:
             ["mrq (2 seeds)", "td3 (2 seeds)"],
             ["mrq (2 seeds)", "td3 (2 seeds)", "sac on HalfCheetah-v4 (3 seeds)"],
         ]
-        caption = "Lines: mean over seeds. Bands: from the lowest seed to the highest."
-        assert figure.get_supxlabel() == f"{caption} Grey: the 2 published seeds, of v4 where v5 is shown."
+        caption = "Thick lines: mean over seeds. Thin lines: each of fewer than 5. Bands: lowest to highest."
+        assert figure.get_supxlabel() == f"{caption} Grey: the 2 published seeds and their mean, of v4 where v5 is shown."
         assert report.draw_overview(panels, table, None, colors).get_supxlabel() == caption
+        # One band, of what is published; its mean, and those of two algorithms, and their seeds
+        assert len(figure.axes[0].collections) == 1 and len(figure.axes[0].lines) == 1 + 2 + 2 * 2
+        many = results({(TASKS[0], "mrq"): [1, 2, 3, 4, 5]})
+        (axis,) = report.draw_overview([TASKS[0]], many, None, colors).axes
+        assert len(axis.collections) == 1 and len(axis.lines) == 1
         assert report.panel_of("HalfCheetah-v4", ["HalfCheetah-v4"]) == "HalfCheetah-v4"
 
     def test_report(self, published, tmp_path):

@@ -17,7 +17,6 @@ import argparse
 import html
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,10 +245,13 @@ def intervals(matrices: Mapping[str, Any], function: Any, reps: int) -> tuple[di
     :param reps: bootstrap samples, stratified by task
     :return: statistics and their 95 % intervals, (2, n_statistics), by algorithm
     """
-    with warnings.catch_warnings():
-        # Of an argument that rliable hands on
-        warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)
-        return library.get_interval_estimates(dict(matrices), function, reps=reps, random_state=np.random.RandomState(0))
+    before = np.random.get_state()
+    # rliable takes a generator, but draws from numpy's
+    np.random.seed(0)
+    try:
+        return library.get_interval_estimates(dict(matrices), function, reps=reps)
+    finally:
+        np.random.set_state(before)
 
 
 def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:

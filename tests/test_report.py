@@ -138,11 +138,16 @@ class TestReport:
         improved = numbers["td3"]["probability_that_it_is_improved_on"]
         # Two seeds are too few for an interval
         assert improved == {"by": "mrq", "value": 1.0, "interval": None} and numbers["mrq"]["iqm"]["interval"] is None
-        three = report.aggregates(report.scores(results({key: [*of, 400] for key, of in SCORED.items()})).matrices, reps=200)
+        matrices = report.scores(results({key: [*of, 400] for key, of in SCORED.items()})).matrices
+        three = report.aggregates(matrices, reps=200)
         low, high = three["mrq"]["iqm"]["interval"]
         assert 0.4 <= low < three["mrq"]["iqm"]["value"] < high <= 1.0
         low, high = three["td3"]["probability_that_it_is_improved_on"]["interval"]
         assert 0 <= low < high <= 1
+        # The same each time, and whoever else draws from numpy's generator does not notice
+        before = np.random.get_state()[1].copy()
+        assert report.aggregates(matrices, reps=200) == three
+        np.testing.assert_array_equal(np.random.get_state()[1], before)
 
     def test_seeds_in_the_aggregates_are_named(self, tmp_path):
         one = {(TASKS[0], "td3"): [100], (TASKS[0], "mrq-bfloat16"): [600, 800, 700], (TASKS[0], "mrq-1-step"): [7, 8]}

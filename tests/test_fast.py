@@ -406,7 +406,68 @@ def test_automatic_precision(monkeypatch, space, kwargs, expected):
     assert automatic_precision(th.device("cuda"), policy.encoder, policy.critic, policy.actor) == "float32"
 
 
+class GrowingEnv(gym.Env):
+    """Rewards grow as training goes on, and episodes terminate from some step on."""
+
+    observation_space = spaces.Box(-1, 1, (3,))
+    action_space = ACTION_SPACES["box"]
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), float(self.steps), self.steps in (35, 45), False, {}
+
+
+class FailsWhenCompiled(BaseFeaturesExtractor):
+    """Does what the compiler does not take."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, observations):
+        if th.compiler.is_compiling():
+            raise NotImplementedError("not while compiling")
+        return self.layer(observations)
+
+
 class TestModel:
+    @pytest.mark.usefixtures("traced")
+    def test_what_changes_is_not_compiled_in(self, monkeypatch):
+        """Reward scales, the switch of the termination term and learning rates: nothing is compiled again for them."""
+        settings = dict(compile_updates=True, target_update_interval=5, learning_rate=lambda progress: 1e-3 * progress)
+        model = MRQ("MlpPolicy", GrowingEnv(), **settings, **SMALL)
+        scales, switches = set(), set()
+        scalars, set_scalars = model._scalars, model._scalars.set
+
+        def note(**values):
+            scales.add(values["reward_scale"])
+            switches.add(values["termination_switch"])
+            set_scalars(**values)
+
+        monkeypatch.setattr(scalars, "set", note)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The updates could not be compiled")
+            model.learn(60)
+        assert len(scales) > 5 and switches == {0.0, 1.0}
+        assert counters["stats"]["unique_graphs"] == 4 and not counters["recompiles"] and model.learner.compiled
+
+    @pytest.mark.usefixtures("traced")
+    def test_extractor_that_cannot_be_compiled(self):
+        """It runs as it is, and training is the same."""
+        settings = SMALL | {"policy_kwargs": SIZES | {"features_extractor_class": FailsWhenCompiled}}
+        models = [MRQ("MlpPolicy", GrowingEnv(), compile_updates=compiled, **settings) for compiled in (False, True)]
+        start = weights(models[0].policy)
+        for model in models:
+            model.learn(30)
+            assert model._n_updates == 10
+        assert counters["unimplemented"]
+        assert distance(models[1].policy, models[0].policy, start) < 1e-3
+
     def test_arguments(self):
         with pytest.raises(ValueError, match="precision is 'half', but must be one of 'auto', 'float32', 'tf32', 'bfloat16'"):
             MRQ("MlpPolicy", "Pendulum-v1", precision="half")

@@ -415,11 +415,14 @@ class GrowingEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.observation_space.sample(), {}
+        return self._observe(), {}
 
     def step(self, action):
         self.steps += 1
-        return self.observation_space.sample(), float(self.steps), self.steps in (35, 45), False, {}
+        return self._observe(), float(self.steps), self.steps in (35, 45), False, {}
+
+    def _observe(self):
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32)
 
 
 class FailsWhenCompiled(BaseFeaturesExtractor):
@@ -460,11 +463,12 @@ class TestModel:
     def test_extractor_that_cannot_be_compiled(self):
         """It runs as it is, and training is the same."""
         settings = SMALL | {"policy_kwargs": SIZES | {"features_extractor_class": FailsWhenCompiled}}
-        models = [MRQ("MlpPolicy", GrowingEnv(), compile_updates=compiled, **settings) for compiled in (False, True)]
-        start = weights(models[0].policy)
-        for model in models:
-            model.learn(30)
-            assert model._n_updates == 10
+        models = []
+        for compiled in (False, True):
+            models.append(MRQ("MlpPolicy", GrowingEnv(), compile_updates=compiled, **settings))
+            start = weights(models[-1].policy)
+            models[-1].learn(30)
+            assert models[-1]._n_updates == 10
         assert counters["unimplemented"]
         assert distance(models[1].policy, models[0].policy, start) < 1e-3
 

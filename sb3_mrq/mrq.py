@@ -308,6 +308,8 @@ class MRQ(OffPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self._create_aliases()
         self._convert_train_freq()
+        # Once, as networks and device stay, and hyperparameters are looked up at every training step
+        self.automatic_precision = automatic_precision(self.device, self.encoder, self.critic, self.actor)
         self.learner = Learner(self.policy, self._learner_hyperparameters(), compiled=self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
             print("Using bfloat16 for matrix products of updates")
@@ -324,7 +326,7 @@ class MRQ(OffPolicyAlgorithm):
         """
         values = {field.name: getattr(self, field.name) for field in fields(UpdateHyperparameters)}
         if self.precision == "auto":
-            values["precision"] = automatic_precision(self.device, self.encoder, self.critic, self.actor)
+            values["precision"] = self.automatic_precision
         return UpdateHyperparameters(**values)
 
     def _create_aliases(self) -> None:
@@ -917,7 +919,14 @@ class MRQ(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
         on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
-        of_this_process = ["run_id", "damaged_checkpoints", "resumed_generators", "resumed_compiled", "stop_signals"]
+        of_this_process = [
+            "run_id",
+            "damaged_checkpoints",
+            "resumed_generators",
+            "resumed_compiled",
+            "stop_signals",
+            "automatic_precision",
+        ]
         of_this_process += ["while_learning", "_env_steps"]
         return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
 

@@ -1,12 +1,12 @@
 """
 Make the report of a study: learning curves, aggregate scores, a table and one page to look through them.
 
-    python -m benchmarks.report runs/dmc/results.csv --out runs/dmc/report
+    python -m benchmarks.report runs/study-dmc/results.csv --out runs/study-dmc/report
     python -m benchmarks.report benchmarks/results/mrq-*.csv --published <folder> --out runs/report
 
 It takes the tables of ``benchmarks.study`` and the files of ``benchmarks.learning``. Algorithms are compared at the last step
 that all runs of a task have been evaluated at; those of ``benchmarks.learning`` that ``--until`` has stopped keep their last
-return from there on. The page names them, and all runs that ended before others.
+return from there on. The page names them, all runs that ended before others, and seeds computed in different precisions.
 
 ``--published`` names a folder with the returns that the paper's authors published (``gym.csv``, ``dmc.csv``,
 ``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on). They are not part of this
@@ -165,7 +165,8 @@ def last_common_step(results: pd.DataFrame, task: str) -> int | None:
 def remarks(results: pd.DataFrame) -> list[str]:
     """
     :param results: of all tasks, with what was carried forward
-    :return: a sentence for each run that is not compared with its return at the end of the others
+    :return: a sentence for each run that is not compared with its return at the end of the others, and for runs of one
+        algorithm that were computed in different precisions
     """
     sentences = []
     for task, of_task in results.groupby("task", sort=False):
@@ -180,7 +181,26 @@ def remarks(results: pd.DataFrame) -> list[str]:
                 sentences.append(f"{name}: ended at {end:,} steps of {last:,}.")
             if run[run["step"] == step]["return"].isna().any():
                 sentences.append(f"{name}: left out, as its return at {step:,} steps is not a number.")
+        for algorithm, runs in of_task.groupby("algorithm", sort=False):
+            seeds = seeds_of_precisions(runs)
+            if len(seeds) > 1:
+                sentences.append(f"{algorithm} on {task}: seeds in different precisions, {', '.join(seeds)}.")
     return sentences
+
+
+def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
+    """
+    :param runs: of one task and algorithm
+    :return: for each precision which seeds were computed in it, where the machine is said with it, as for MR.Q in a study
+    """
+    if "machine" not in runs:
+        return []
+    precisions = runs["machine"].str.split(", ").str[-1]
+    named = precisions.isin(("float32", "tf32", "bfloat16"))
+    return [
+        f"{precision} ({', '.join(map(str, sorted(seeds.unique())))})"
+        for precision, seeds in runs["seed"][named].groupby(precisions[named])
+    ]
 
 
 def scale_of(task: str) -> tuple[float, float] | None:
@@ -197,7 +217,7 @@ class Scores:
     """
     Normalised returns at the last common step.
 
-    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as that with the fewest, the first ones.
+    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as the task with the fewest, the first ones.
     :param tasks: those that all algorithms were run on and that have a scale
     :param seeds: the seeds that are in it, by algorithm and task
     :param left_out: why tasks are not in it
@@ -540,7 +560,7 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
         f'<p class="note">Over {len(of.tasks)} tasks, with 95 % intervals of a bootstrap stratified by task where there are '
         f"at least {MIN_SEEDS} seeds. "
         + ("Those of fewer than 5 seeds are too narrow. " if few < 5 else "")
-        + "Every task counts with as many seeds as that with the fewest has: "
+        + "Every task counts with as many seeds as the task with the fewest: "
         + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in of.matrices.items())
         + ". Returns are normalised, 0 to 1000 in the DeepMind Control suite; elsewhere "
         + ", ".join(f"{low:.0f} to {high:.0f} on {task}" for task, (low, high) in RETURN_RANGES.items())

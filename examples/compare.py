@@ -1,7 +1,7 @@
 """
 MRQ beside SB3's own algorithms on one task: return against steps of the environment, and against wall time.
 
-    python examples/compare.py --env Pendulum-v1 --steps 10000 --seeds 2
+    python examples/compare.py --env Pendulum-v1 --steps 15000 --seeds 2  # extra zoo
     python examples/compare.py --env CartPole-v1 --steps 30000 --out runs/compare-cartpole
 
 Box actions: MRQ, TD3 and SAC; discrete ones: MRQ, DQN and QR-DQN. All have their default hyperparameters, the same

@@ -1,7 +1,7 @@
 """
 Observations that are a Dict of an image and a vector: MultiInputPolicy uses a CNN for each image and one MLP for the rest.
 
-    python examples/dict_observations.py
+    python examples/dict_observations.py  # extra train
 """
 
 import os

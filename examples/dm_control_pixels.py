@@ -1,7 +1,7 @@
 """
 A task of the DeepMind Control suite from pixels: the last three RGB frames of 84 x 84, every action repeated twice.
 
-    python examples/dm_control_pixels.py
+    python examples/dm_control_pixels.py  # extra dmc
 """
 
 import os

@@ -1,8 +1,7 @@
 """
 Export a policy to ONNX, and run it with onnxruntime: no PyTorch is needed to act.
 
-    pip install onnx onnxscript onnxruntime
-    python examples/export_onnx.py [model.zip] [policy.onnx]
+    python examples/export_onnx.py [model.zip] [policy.onnx]  # extra examples
 """
 
 import os

@@ -2,7 +2,7 @@
 Several environments, each in its own process. Each step of all of them is followed by as many training steps as there are
 environments (gradient_steps=-1), so that the ratio of training to experience stays the same.
 
-    python examples/parallel_environments.py
+    python examples/parallel_environments.py  # extra mujoco
 """
 
 import os

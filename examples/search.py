@@ -3,7 +3,7 @@ Search hyperparameters with Optuna. For rl-zoo3's own search see ``sb3-mrq train
 
 MR.Q is meant to work without; this is for tasks that need it.
 
-    python examples/search.py
+    python examples/search.py  # extra zoo
 """
 
 import os

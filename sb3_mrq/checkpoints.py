@@ -199,6 +199,7 @@ def _write_files(model: "MRQ", folder: Path) -> None:
         "run_id": model.run_id,
         "num_timesteps": model.num_timesteps,
         "compiled": model.learner.compiled,
+        "updates_before": model.updates_before,
         "precision": model.learner.hyperparameters.precision,
         "generators": get_generators(model),
         "files": {path.name: _describe_file(path) for path in sorted(folder.iterdir())},
@@ -389,6 +390,7 @@ def _resume_from(
             stacklevel=4,
         )
     model.resumed_compiled = info["compiled"]
+    model.updates_before = info.get("updates_before", model.updates_before)  # not in earlier ones
     model.resumed_generators = info["generators"]
     set_generators(model, info["generators"])
     return model

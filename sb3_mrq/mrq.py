@@ -116,10 +116,11 @@ class MRQ(OffPolicyAlgorithm):
         should be normalised, or float32. Values and their targets, weights, losses and optimisers are in float32 in any case.
         ``"auto"`` is bfloat16 on such a processor where observations are vectors, with the layers of this package and of
         torch; else it is float32. ``model.learner.hyperparameters.precision`` says which.
-    :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to a minute when training
+    :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
         starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
-        device. ``"auto"`` compiles on a CPU if ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, in
-        the main thread. If compiling or capturing fails, training goes on without it, after a warning.
+        device. ``"auto"`` compiles on a CPU if ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, or
+        calls of ``learn`` have made as many training steps since the model was created or loaded, in the main thread.
+        If compiling or capturing fails, training goes on without it, after a warning.
         Read when the model is created or loaded; later changes have no effect.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
@@ -308,6 +309,8 @@ class MRQ(OffPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self._create_aliases()
         self._convert_train_freq()
+        # Training steps before the model was created or loaded
+        self.updates_before = self._n_updates
         # Once, as networks and device stay, and hyperparameters are looked up at every training step
         self.automatic_precision = automatic_precision(self.device, self.encoder, self.critic, self.actor)
         self.learner = Learner(self.policy, self._learner_hyperparameters(), compiled=self.compile_updates is True)
@@ -375,7 +378,9 @@ class MRQ(OffPolicyAlgorithm):
             explain_dead_worker(self.env, error, self.num_timesteps)
             raise
         if self.compile_updates == "auto":
-            steps = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
+            to_come = self._total_timesteps - max(self.learning_starts, self.num_timesteps)
+            # As many as have been made are likely to follow, where learn is called again and again
+            steps = max(to_come, self._n_updates - self.updates_before)
             # The compiler is not meant for several threads at once, such as those of a hyperparameter search
             alone = threading.current_thread() is threading.main_thread()
             worth_while = self.learner.compiled or steps >= self.COMPILE_FROM
@@ -926,6 +931,7 @@ class MRQ(OffPolicyAlgorithm):
             "resumed_compiled",
             "stop_signals",
             "automatic_precision",
+            "updates_before",
         ]
         of_this_process += ["while_learning", "_env_steps"]
         return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]

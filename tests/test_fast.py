@@ -560,6 +560,21 @@ class TestModel:
         model.learn(5, reset_num_timesteps=False)
         assert model.learner._value_loss.compiled is compiled is not None
 
+    @needs_compiler
+    def test_automatic_choice_in_short_calls(self, monkeypatch, tmp_path):
+        """Many short calls of ``learn`` are a long run; a loaded model begins anew."""
+        monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
+        model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
+        chosen = []
+        for steps in (25, 5, 5):
+            model.learn(steps, reset_num_timesteps=False)
+            chosen.append((model._n_updates, model.learner.compiled))
+        assert chosen == [(5, False), (10, False), (15, True)]
+        model.save(tmp_path / "model")
+        loaded = MRQ.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
+        loaded.learn(5, reset_num_timesteps=False)
+        assert not loaded.learner.compiled
+
     def test_compiling_is_tried_once(self, monkeypatch):
         """Where it fails there is one warning, also over several calls of ``learn``."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)

@@ -100,6 +100,15 @@ class TestReport:
         assert report.last_common_step(apart, TASKS[0]) is None
         assert report.final_table(apart, None)["steps"][0] == "none in common"
 
+    def test_different_precisions(self):
+        """The automatic choice is another one on other machines, and then runs of one name differ in more than the seed."""
+        table = results({(TASKS[0], "mrq"): [600, 800, 700], (TASKS[0], "td3"): [200, 300]})
+        machines = np.where(table["seed"] == 1, "1 threads of A, cpu, bfloat16", "1 threads of B, cpu, float32")
+        table["machine"] = np.where(table["algorithm"] == "mrq", machines, "1 threads of A, cpu")
+        table = report.carry_forward(table)
+        assert report.remarks(table) == [f"mrq on {TASKS[0]}: seeds in different precisions, bfloat16 (1), float32 (0, 2)."]
+        assert report.remarks(table[table["seed"] != 1]) == []
+
     def test_returns_that_are_not_numbers(self):
         """No older return stands in for one, nor for one of a step without evaluation."""
         table = results({(TASKS[0], "mrq"): [600, 800, 700]})

@@ -315,6 +315,23 @@ def test_compiled_where_it_was_compiled(tmp_path, monkeypatch):
     assert compiled == [False, True, False, True]
 
 
+def test_compiled_when_it_would_have_been(tmp_path, monkeypatch):
+    """What short calls of ``learn`` add up to includes the training steps before the checkpoint."""
+    monkeypatch.setattr(MRQ, "COMPILE_FROM", 15)
+    monkeypatch.setattr(Learner, "set_compiled", lambda self, compiled: setattr(self, "compiled", compiled))
+    monkeypatch.setattr(MRQ, "train", lambda self, **_: setattr(self, "_n_updates", self._n_updates + 1))
+    whole = tiny_model(SpaceEnv(), compile_updates="auto")
+    whole.learn(24, callback=ResumableCheckpointCallback(20, tmp_path))
+    resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
+    assert resumed._n_updates == whole._n_updates == 14
+    for model in (whole, resumed):
+        model.learn(1, reset_num_timesteps=False)
+        assert not model.learner.compiled
+        model.learn(1, reset_num_timesteps=False)
+        assert model.learner.compiled
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
     """The automatic choice may be another one, which is said, and may be overruled."""

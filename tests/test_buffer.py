@@ -1104,6 +1104,31 @@ def test_tree_does_not_drift(capacity):
     assert tree.total == pytest.approx(expected[0], rel=1e-9)
 
 
+class Counted(np.ndarray):
+    """Counts the numbers that go into sums and other operations."""
+
+    numbers = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        Counted.numbers += max(np.size(value) for value in inputs)
+        plain = [value.view(np.ndarray) if isinstance(value, Counted) else value for value in inputs]
+        return getattr(ufunc, method)(*plain, **kwargs)
+
+
+@pytest.mark.parametrize("work", ["sample", "set"])
+def test_tree_makes_no_pass_over_all_priorities(work):
+    """Drawing a batch, and giving it priorities, takes as much work from a million as from ten thousand."""
+    counts = []
+    for capacity in (10_000, 1_000_000):
+        tree = PriorityTree(capacity)
+        tree.set(np.arange(capacity), 1.0)
+        tree._levels = [level.view(Counted) for level in tree._levels]
+        Counted.numbers = 0
+        tree.sample(256) if work == "sample" else tree.set(np.arange(256), 2.0)
+        counts.append(Counted.numbers)
+    assert 256 * PriorityTree.FAN_OUT < counts[0] == counts[1] < 256 * PriorityTree.FAN_OUT * 5
+
+
 @pytest.mark.parametrize("capacity", [1, 40, 5000])
 def test_empty_tree(capacity):
     tree = PriorityTree(capacity)

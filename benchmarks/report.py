@@ -217,7 +217,7 @@ class Scores:
     """
     Normalised returns at the last common step.
 
-    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as the task with the fewest, the first ones.
+    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as that with the fewest, the first ones.
     :param tasks: those that all algorithms were run on and that have a scale
     :param seeds: the seeds that are in it, by algorithm and task
     :param left_out: why tasks are not in it

@@ -1,5 +1,5 @@
 """
-Atari from pixels, with the paper's preprocessing. Meant for a GPU: a training step takes 0.4 to 1.4 seconds on two CPU threads.
+Atari from pixels, with the paper's preprocessing. Meant for a GPU: a training step takes 0.4 to 1.4 s on two CPU threads.
 
     python examples/atari.py  # extra atari
 """

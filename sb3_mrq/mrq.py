@@ -932,8 +932,9 @@ class MRQ(OffPolicyAlgorithm):
             "stop_signals",
             "automatic_precision",
             "updates_before",
+            "while_learning",
+            "_env_steps",
         ]
-        of_this_process += ["while_learning", "_env_steps"]
         return [*super()._excluded_save_params(), *networks, "learner", *on_device, *of_this_process]
 
     def get_parameters(self) -> dict[str, dict]:

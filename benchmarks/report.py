@@ -74,12 +74,11 @@ def read_results(path: Path) -> pd.DataFrame:
         return table.assign(solved=False)
     heading = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
     command = heading["command"]
-    precision, products = option(command, "precision"), option(command, "matmul-precision")
+    precision, products = option(command, "precision") or "float32", option(command, "matmul-precision")
     if "precision" in heading:
         precision, products = heading["precision"].split(",")[0], heading["precision"].split()[-1]
     # float32 with products in bfloat16 is another algorithm than plain float32
-    variants = [name for name in (precision, products) if name not in (None, "float32", "highest")]
-    algorithm = "-".join(["mrq", *variants])
+    algorithm = "-".join(["mrq", precision, *(() if products in (None, "highest") else (products,))])
     table = table.rename(columns={"env": "task", "timesteps": "step", "return_mean": "return"})
     short = ~table["task"].str.contains(r"-v\d+$")
     table.loc[short, "task"] = "dmc/" + table.loc[short, "task"] + "-v0"
@@ -244,6 +243,8 @@ def scores(results: pd.DataFrame) -> Scores:
         missing = [algorithm for algorithm, of_seeds in values.items() if of_seeds.empty]
         if missing:
             left_out[task] = f"nothing of {', '.join(missing)}"
+        elif of_task.get("carried", pd.Series(dtype=bool)).any():
+            left_out[task] = "runs that --until has stopped have the good return that stopped them"
         elif scale is None:
             left_out[task] = "no returns are fixed that count as 0 and 1"
         else:
@@ -332,7 +333,7 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd
     :param results: of all tasks
     :param published: published returns
     :return: a row for every task and step that both have: number, mean and spread of our seeds, mean and spread of theirs,
-        whether every one of ours is within their spread or above it, and how many standard errors the means are apart
+        whether the mean and all of ours are at least the lowest of theirs, and how many standard errors the means are apart
     """
     rows = []
     ours_alone = results[results["algorithm"].str.startswith("mrq")]
@@ -356,7 +357,8 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd
                     "published mean": theirs.mean(),
                     "published min": theirs.min(),
                     "published max": theirs.max(),
-                    "at or above the lowest": bool((ours >= theirs.min()).all()),
+                    "mean at or above the lowest": bool(ours.mean() >= theirs.min()),
+                    "all at or above the lowest": bool((ours >= theirs.min()).all()),
                     "standard errors": errors,
                     "these from": source,
                 }
@@ -642,7 +644,11 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     if published is not None:
         sections += against_published(as_evaluated, published, out)
 
-    sections += ["<h2>Learning curves</h2>", '<p class="note">Mean over seeds, and the range from the lowest to the highest.']
+    sections += [
+        "<h2>Learning curves</h2>",
+        '<p class="note">Mean over seeds, and each of them; from '
+        f"{SEEDS_OF_A_BAND} seeds on the range from the lowest to the highest.",
+    ]
     sections[-1] += " Grey: published.</p>" if published is not None else "</p>"
     sections.append('<div class="curves">')
     panels = list(dict.fromkeys(panel_of(task, tasks) for task in tasks))

@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ from types import FrameType
 from typing import IO, Any
 
 import rl_zoo3
+import torch as th
 import yaml
 from tqdm import tqdm
 
@@ -72,8 +74,18 @@ ATARI_WRAPPER = f"sb3_mrq.envs.{AtariWrapper.__name__}"
 #: section of rl-zoo3's configuration for continuous control that it has none for
 ZOO_DEFAULTS = "HalfCheetah-v4"
 
+#: runs that share a GPU
+RUNS_PER_GPU = 4
+#: seconds that runs on Ray have to write their last checkpoint when the study is stopped
+CHECKPOINT_SECONDS = 300
+#: where the runs find the benchmarks, which are not installed
+ROOT = Path(__file__).resolve().parents[1]
+
 #: environment variable by which a run knows the process that waits for it
 STUDY_PROCESS = "SB3_MRQ_STUDY_PROCESS"
+
+#: file of a run with the versions it was made with, a line for each part where they differ
+VERSIONS = "versions.txt"
 
 RESULT_COLUMNS = ("task", "algorithm", "seed", "step", "return", "return_std", "length", "seconds", "versions", "machine")
 
@@ -247,6 +259,7 @@ def prepare(run: Run) -> None:
     if not run.can_go_on():
         (run.folder / "evaluations.csv").unlink(missing_ok=True)
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+        (run.folder / VERSIONS).unlink(missing_ok=True)
         with atomic_file(run.folder / "settings.json") as file:
             file.write(json.dumps(run.settings, indent=2).encode())
     (run.folder / "run.json").unlink(missing_ok=True)
@@ -271,7 +284,9 @@ def execute(run: Run) -> str | None:
             return None
         prepare(run)
         command = run.command()
-        environment = os.environ | {"OMP_NUM_THREADS": str(run.threads), STUDY_PROCESS: str(os.getpid())}
+        # Workers of Ray may have been started in any folder
+        places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": str(run.threads), STUDY_PROCESS: str(os.getpid())}
         with log.open("a") as file:
             print(shlex.join(command), file=file, flush=True)
             process = start(command, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=[locked.fileno()])
@@ -279,7 +294,13 @@ def execute(run: Run) -> str | None:
             return "not begun, as the study was stopped"
         print(f"process {process.pid} on {platform.node()}", file=locked, flush=True)
     try:
-        code = process.wait()
+        # Not process.wait(), which would go on where Ray cancels this
+        while (code := process.poll()) is None:
+            time.sleep(0.1)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     finally:
         with running_lock:
             running.discard(process)
@@ -359,15 +380,22 @@ def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Genera
     queue = iter(runs)
     waiting = {submit(run): run for run in itertools.islice(queue, jobs)}
     try:
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            run = waiting.pop(done)
-            waiting |= {submit(following): following for following in itertools.islice(queue, 1)}
-            try:
-                yield run, ray.get(done)
-            except ray.exceptions.RayError as error:
-                yield run, str(error)
+        # Once more, as Ray has handlers of its own, with which the study would end at once
+        with signals_as_ctrl_c():
+            while waiting:
+                (done,), _ = ray.wait(list(waiting))
+                run = waiting.pop(done)
+                waiting |= {submit(following): following for following in itertools.islice(queue, 1)}
+                try:
+                    yield run, ray.get(done)
+                except ray.exceptions.RayError as error:
+                    yield run, str(error)
     finally:
+        for task in waiting:
+            ray.cancel(task)
+        if waiting:
+            # Runs of MRQ write a checkpoint
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=CHECKPOINT_SECONDS)
         ray.shutdown()
 
 
@@ -377,7 +405,18 @@ def gpu_share(device: str, has_gpus: bool) -> float:
     :param has_gpus: whether the cluster has GPUs
     :return: the part of a GPU that it needs, as several runs fit on one
     """
-    return 0.25 if device.startswith("cuda") or (device == "auto" and has_gpus) else 0.0
+    return 1 / RUNS_PER_GPU if device.startswith("cuda") or (device == "auto" and has_gpus) else 0.0
+
+
+def jobs_here(threads: int, device: str) -> int:
+    """
+    :param threads: of each run
+    :param device: of the runs
+    :return: how many run on this machine at once: one for each processor, but no more than fit on a GPU where they use one
+    """
+    jobs = max(1, len(os.sched_getaffinity(0)) // threads)
+    # All take the same GPU, whatever others there are
+    return min(jobs, RUNS_PER_GPU) if gpu_share(device, th.cuda.is_available()) else jobs
 
 
 def finished_runs(out: Path) -> dict[Run, dict[str, Any]]:
@@ -440,7 +479,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     parser.add_argument("--eval-episodes", type=int, default=10)
     parser.add_argument("--hyperparams", nargs="+", default=[], metavar="NAME:VALUE", help="for all runs, as for rl-zoo3")
     parser.add_argument("--out", type=Path, help="folder of the study (default: runs/study-<suite>, runs/study for --tasks)")
-    parser.add_argument("--jobs", type=int, help="runs at once (default: one for each processor)")
+    parser.add_argument(
+        "--jobs", type=int, help=f"runs at once (default: one for each processor, but at most {RUNS_PER_GPU} on a GPU)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", choices=["local", "ray"], default="local")
@@ -448,7 +489,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     args = parser.parse_args(arguments)
     args.out = args.out or Path("runs", f"study-{args.suite}" if args.suite else "study")
 
-    algorithms = args.algos.split(",")
+    # Each once: two runs cannot share a folder
+    algorithms = list(dict.fromkeys(name.strip() for name in args.algos.split(",")))
+    tasks = SUITES[args.suite][0] if args.suite else tuple(dict.fromkeys(args.tasks))
     known = {*rl_zoo3.ALGOS, *VARIANTS, "mrq"}
     for algorithm in algorithms:
         if algorithm not in known:
@@ -456,7 +499,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     runs = []
     # Seeds before tasks: a study that is broken off has something of every task
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for task in SUITES[args.suite][0] if args.suite else args.tasks:
+        for task in tasks:
             _, papers, eval_freq = next((suite for suite in SUITES.values() if task in suite[0]), (None, None, 5_000))
             steps = args.steps or papers
             if steps is None:
@@ -490,14 +533,15 @@ def signals_as_ctrl_c() -> Iterator[None]:
 
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None is one of another language, which cannot be set again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def make(outcomes: Generator[tuple[Run, str | None], None, None], runs: list[Run], n_to_do: int, out: Path) -> dict[str, str]:
@@ -531,7 +575,7 @@ def main(arguments: list[str] | None = None) -> None:
     for run in to_do:
         if run.other_results():
             print(f"{run.folder} has results of other settings and will be renamed to {run.folder.name}.old-<n>.")
-    jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) // args.threads)
+    jobs = args.jobs or jobs_here(args.threads, args.device)
     outcomes = run_on_ray(to_do, args.ray_address, args.jobs) if args.backend == "ray" else run_locally(to_do, jobs)
     try:
         with signals_as_ctrl_c():

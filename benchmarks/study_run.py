@@ -16,19 +16,24 @@ import time
 from pathlib import Path
 
 import rl_zoo3.train
+from gymnasium import spaces
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space
 
 from benchmarks.evaluation import EvaluationCallback, machine, papers_atari, versions
-from benchmarks.study import STUDY_PROCESS, read_json
+from benchmarks.study import STUDY_PROCESS, VERSIONS, read_json
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
+from sb3_mrq.checks import subspaces_of
 from sb3_mrq.files import atomic_file
 from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
-# Steps between two checkpoints, from which a run of mrq goes on that was broken off
+# Steps between two checkpoints, from which a run of mrq goes on that was broken off. Each holds the whole replay buffer, which
+# is of several gigabytes where observations are images.
 CHECKPOINT_FREQ = 5_000
+CHECKPOINT_FREQ_IMAGES = 50_000
 
 
 class StudyManager(MRQExperimentManager):
@@ -47,7 +52,8 @@ class StudyManager(MRQExperimentManager):
         if ExperimentManager.is_atari(self.env_name.gym_id):
             env = papers_atari(env, self.seed)
         if self.algo == "mrq":
-            self.callbacks.append(ResumableCheckpointCallback(CHECKPOINT_FREQ, self.folder / CHECKPOINTS, keep_last=2))
+            freq = checkpoint_freq(env.observation_space)
+            self.callbacks.append(ResumableCheckpointCallback(freq, self.folder / CHECKPOINTS, keep_last=2))
         self.callbacks.append(
             EvaluationCallback(
                 env,
@@ -66,11 +72,40 @@ class StudyManager(MRQExperimentManager):
         where = machine(model.device)
         if isinstance(model, MRQ):
             where += f", {model.learner.hyperparameters.precision}"
-        record = {"versions": versions(), "machine": where, "command": sys.argv}
+        record = {"versions": " / ".join(recorded_versions(self.folder)), "machine": where, "command": sys.argv}
         settings = read_json(self.folder / "settings.json")
         with atomic_file(self.folder / "run.json") as file:
             file.write(json.dumps({"settings": settings, **record}, indent=2).encode())
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def checkpoint_freq(observation_space: spaces.Space) -> int:
+    """
+    :param observation_space: of the environment
+    :return: steps between two checkpoints
+    """
+    images = any(map(is_image_space, subspaces_of(observation_space).values()))
+    return CHECKPOINT_FREQ_IMAGES if images else CHECKPOINT_FREQ
+
+
+def recorded_versions(folder: Path) -> list[str]:
+    """
+    :param folder: of a run
+    :return: the versions it was made with: one entry, or one for each part where a part of it was made with others
+    """
+    path = folder / VERSIONS
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def record_versions(folder: Path) -> None:
+    """
+    :param folder: of a run that begins or goes on, whose versions are added to those of its parts before. At its beginning, as
+        the code and its commit may change while it runs.
+    """
+    before, now = recorded_versions(folder), versions()
+    if before[-1:] != [now]:
+        with (folder / VERSIONS).open("a") as file:
+            print(now, file=file)
 
 
 def end_with(parent: int) -> None:
@@ -91,6 +126,7 @@ def main() -> None:
         end_with(int(os.environ[STUDY_PROCESS]))
     folder, freq, episodes, *arguments = sys.argv[1:]
     StudyManager.folder = Path(folder)
+    record_versions(StudyManager.folder)
     StudyManager.evaluation_freq = int(freq)
     StudyManager.evaluation_episodes = int(episodes)
     rl_zoo3.train.ExperimentManager = StudyManager  # type: ignore[misc]

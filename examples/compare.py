@@ -135,12 +135,14 @@ def main(arguments: list[str] | None = None) -> None:
                 evaluation = Evaluation(args.env, args.eval_freq, args.eval_episodes, seed + 1000)
                 model.learn(args.steps, callback=evaluation)
                 writer.writerows((args.env, name, seed, *row) for row in evaluation.rows)
+                file.flush()
                 seeds.append(evaluation.rows)
                 _, seconds, mean = evaluation.rows[-1]
                 print(f"{name}, seed {seed}: return {mean:.1f} after {seconds:.0f} s")
             # Some algorithms go on to the end of a rollout
             results[name] = np.array([rows[: min(map(len, seeds))] for rows in seeds])
-    draw(results, args.env, args.out)
+            # There is a figure where a later one fails, or is not waited for
+            draw(results, args.env, args.out)
     print(args.out / "compare.png")
 
 

@@ -132,8 +132,11 @@ class TestReport:
         report.main([*(str(tmp_path / f"{seed}.csv") for seed in (0, 1)), str(other), "--out", str(out), "--reps", "20"])
         assert (out / "table.md").read_text().splitlines()[2] == "| CartPole-v1 | 30 | 485 ± 7 (2)* | 100 (1) |"
         text = (out / "index.html").read_text()
-        assert "* mrq on CartPole-v1, seed 0: solved at 10 steps, with the return there from then on." in text
-        assert "* mrq on CartPole-v1, seed 1: solved at 20 steps" in text
+        assert "* mrq-float32 on CartPole-v1, seed 0: solved at 10 steps, with the return there from then on." in text
+        assert "* mrq-float32 on CartPole-v1, seed 1: solved at 20 steps" in text
+        # A good return that a run was stopped for is none to compare with those of others
+        reason = "runs that --until has stopped have the good return that stopped them"
+        assert json.loads((out / "numbers.json").read_text())["left_out"] == {"CartPole-v1": reason}
         # The third one was broken off before it got there
         table = report.carry_forward(report.read_all([*(tmp_path / f"{seed}.csv" for seed in range(3)), other]))
         assert report.last_common_step(table, "CartPole-v1") == 10 and not table[table["seed"] == 2]["carried"].any()
@@ -185,7 +188,12 @@ class TestReport:
         assert (walker["step"], walker["seeds"], walker["mean"], walker["published mean"]) == (20, 2, 700, 600)
         # A variance of 20000 over two seeds each: 100 is 0.71 standard errors
         assert walker["standard errors"] == pytest.approx(100 / np.sqrt(20000 / 2 + 20000 / 2))
-        assert walker["at or above the lowest"] and not cheetah["at or above the lowest"]
+        assert walker["mean at or above the lowest"] and walker["all at or above the lowest"]
+        assert not cheetah["mean at or above the lowest"] and not cheetah["all at or above the lowest"]
+        # One seed of two below the lowest published one
+        low = results({(TASKS[0], "mrq"): [100, 1300]})
+        (row,) = report.compare_with_published(low, report.read_published(published)).to_dict("records")
+        assert row["mean at or above the lowest"] and not row["all at or above the lowest"]
         assert cheetah["standard errors"] < 0
 
     def test_distance(self):
@@ -263,9 +271,9 @@ class TestReport:
             (tmp_path / name).write_text(heading.format(arguments) + columns + row)
         rows = [report.read_results(tmp_path / name).iloc[0] for name in ("a.csv", "b.csv", "c.csv")]
         assert [(row["task"], row["algorithm"], row["seed"], row["step"], row["return"]) for row in rows] == [
-            ("dmc/walker-walk-v0", "mrq", 3, 5000, 30.5),
+            ("dmc/walker-walk-v0", "mrq-float32", 3, 5000, 30.5),
             ("HalfCheetah-v5", "mrq-bfloat16", 3, 5000, -3),
-            ("CartPole-v1", "mrq-medium", 3, 5000, 9),
+            ("CartPole-v1", "mrq-float32-medium", 3, 5000, 9),
         ]
         # What was computed says more than what was asked for
         precision = "# precision: bfloat16, float32 matrix products highest\n"

@@ -25,7 +25,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 from test_buffer import NumberEnv
 
-from benchmarks import evaluation, study
+from benchmarks import evaluation, study, study_run
 from benchmarks.evaluation import EvaluationCallback, RandomActions
 from sb3_mrq import MRQ
 from sb3_mrq.envs import AtariWrapper
@@ -97,6 +97,40 @@ class TestStudy:
         assert [(run.algorithm, run.seed) for run in runs] == [("mrq", 3), ("sac", 3), ("mrq", 4), ("sac", 4)]
         assert [run.seed for run in study.parse(arguments)[1]] == [0, 0, 1, 1]
 
+    def test_each_run_once(self):
+        """Two runs of one folder would be in each other's way."""
+        _, runs = study.parse(["--tasks", "Pendulum-v1", "Pendulum-v1", "--algos", "mrq, sac,mrq", *TINY, "--out", "x"])
+        assert [run.algorithm for run in runs] == ["mrq", "sac"]
+
+    def test_runs_at_once(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+        assert [study.jobs_here(threads, "cpu") for threads in (1, 3, 32)] == [16, 5, 1]
+        assert study.jobs_here(1, "auto") == (study.RUNS_PER_GPU if th.cuda.is_available() else 16)
+        monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+        assert [study.jobs_here(*of) for of in ((1, "auto"), (8, "cuda"), (1, "cpu"))] == [study.RUNS_PER_GPU, 2, 16]
+
+    def test_runs_find_the_benchmarks_from_any_folder(self, tmp_path, monkeypatch):
+        """Workers of Ray may have been started anywhere."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "of one's own"))
+        run = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac", *TINY, "--out", str(tmp_path)])[1][0]
+        started = []
+
+        def start(command, env, **_):
+            started.append(env["PYTHONPATH"])
+            imported = subprocess.run([*command[:3], "--help"], env=env, capture_output=True, text=True)
+            assert "No module named" not in imported.stderr and "not enough values" in imported.stderr
+
+        monkeypatch.setattr(study, "start", start)
+        study.execute(run)
+        assert started == [os.pathsep.join([str(ROOT), str(tmp_path / "of one's own")])]
+
+    def test_images_have_fewer_checkpoints(self):
+        images = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+        of_images = study_run.checkpoint_freq(images)
+        assert of_images == study_run.checkpoint_freq(spaces.Dict({"image": images, "vector": VECTOR}))
+        assert of_images > study_run.checkpoint_freq(VECTOR)
+
     def test_folder_by_default(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(study, "execute", lambda run: None)
@@ -123,7 +157,7 @@ class TestStudy:
             (algorithm, step) for algorithm in ("mrq-1-step", "sac") for step in ("0", "20", "40")
         ]
         assert all(-2000 < float(row["return"]) < 0 and row["length"] == "200.0" for row in rows)
-        assert all("torch" in row["versions"] and "threads" in row["machine"] for row in rows)
+        assert all(row["versions"] == evaluation.versions() and "threads" in row["machine"] for row in rows)
         precision = automatic_precision(th.device("cpu"))
         assert [row["machine"].endswith(f", {precision}") for row in rows] == [True] * 3 + [False] * 3
         folder = tmp_path / "runs" / "mrq-1-step" / "Pendulum-v1" / "seed0"
@@ -148,7 +182,13 @@ class TestStudy:
         # As of a step after the checkpoint
         evaluations.write_text(evaluations.read_text() + "Pendulum-v1,35,0,-1,0,200,7\n")
         first = list(csv.DictReader(evaluations.open()))
+        # The first part was made with other versions
+        versions = run.folder / study.VERSIONS
+        now = versions.read_text()
+        assert now == f"{evaluation.versions()}\n"
+        versions.write_text("python 2\n")
         assert study.execute(run) is None and run.finished()
+        assert json.loads((run.folder / "run.json").read_text())["versions"] == f"python 2 / {now.strip()}"
         rows = list(csv.DictReader(evaluations.open()))
         assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
@@ -291,15 +331,20 @@ class TestEnds:
     """However a study ends, its runs end too, with a checkpoint."""
 
     @pytest.fixture
-    def running(self, tmp_path):
-        """The process of a study, once its only run has begun, and that run."""
+    def running(self, tmp_path, request):
+        """The process of a study, once its only run has begun, and that run. A parameter is the backend."""
         arguments = ["--tasks", "Pendulum-v1", "--steps", "1000000", "--seeds", "1", "--eval-episodes", "1"]
         arguments += ["--hyperparams", "learning_starts:1000000", "--out", str(tmp_path)]
+        backend = getattr(request, "param", "local")
+        if backend == "ray":
+            pytest.importorskip("ray")
+        arguments += ["--backend", backend, "--jobs", "1"]
         run = study.parse(arguments)[1][0]
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.study", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-        wait_for((run.folder / "evaluations.csv").exists)
+        # Ray takes its time
+        wait_for((run.folder / "evaluations.csv").exists, seconds=60 if backend == "local" else 300)
         yield process, run
         process.kill()
         process.wait()
@@ -312,6 +357,7 @@ class TestEnds:
             return False
         return True
 
+    @pytest.mark.parametrize("running", ["local", "ray"], indirect=True)
     def test_terminated(self, running):
         process, run = running
         process.terminate()

@@ -451,9 +451,10 @@ def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float] 
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Save a figure as PNG and SVG, and return its name."""
+    """Save a figure as PNG and SVG, the same ones each time, and return its name."""
     figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
-    figure.savefig(folder / f"{name}.svg", bbox_inches="tight")
+    with plt.rc_context({"svg.hashsalt": name}):
+        figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return name
 

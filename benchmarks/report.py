@@ -17,6 +17,7 @@ import argparse
 import html
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -429,7 +430,8 @@ def draw_overview(
     if published is not None and grey:
         caption += f" Grey: the {published['seed'].nunique()} published seeds and their mean"
         caption += ", of v4 where v5 is shown." if any(re.fullmatch(r"\w+-v5", panel) for panel in panels) else "."
-    figure.supxlabel(caption, fontsize=9)
+    # As many letters as an inch has
+    figure.supxlabel(textwrap.fill(caption, round(13.5 * size[0])), fontsize=9)
     return figure
 
 

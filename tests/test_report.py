@@ -231,7 +231,10 @@ class TestReport:
             ["mrq (2 seeds)", "td3 (2 seeds)", "sac on HalfCheetah-v4 (3 seeds)"],
         ]
         caption = "Thick lines: mean over seeds. Thin lines: each of fewer than 5. Bands: lowest to highest."
-        assert figure.get_supxlabel() == f"{caption} Grey: the 2 published seeds and their mean, of v4 where v5 is shown."
+        shown = figure.get_supxlabel()
+        assert " ".join(shown.split()) == f"{caption} Grey: the 2 published seeds and their mean, of v4 where v5 is shown."
+        # Within two panels
+        assert 80 < max(map(len, shown.splitlines())) < 120
         assert report.draw_overview(panels, table, None, colors).get_supxlabel() == caption
         # One band, of what is published; its mean, and those of two algorithms, and their seeds
         assert len(figure.axes[0].collections) == 1 and len(figure.axes[0].lines) == 1 + 2 + 2 * 2

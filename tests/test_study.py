@@ -361,7 +361,7 @@ class TestEnds:
     def test_terminated(self, running):
         process, run = running
         process.terminate()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         assert process.returncode == 130 and "Stopped. 0 runs are in" in output
         assert self.is_free(run) and run.can_go_on()
         assert "Training was stopped by SIGTERM, after a checkpoint" in (run.folder / "log.txt").read_text()

@@ -156,15 +156,25 @@ def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepS
     return fastest(update, seconds)
 
 
-def time_updates(device: str, seconds: float, images: bool = False) -> dict[str, Any]:
+def modes(device: str, without_compiling: bool) -> list[str]:
+    """
+    :param device: cpu or cuda
+    :param without_compiling: whether to leave out what has to be compiled first, for half a minute each
+    :return: ways to run updates; captured ones draw their batches and set priorities too
+    """
+    ways = ["eager", "compiled"] if device == "cpu" else ["eager", "captured", "compiled and captured"]
+    return [way for way in ways if not (without_compiling and "compiled" in way)]
+
+
+def time_updates(device: str, seconds: float, without_compiling: bool = False, images: bool = False) -> dict[str, Any]:
     """
     :param device: cpu or cuda
     :param seconds: for how long to measure each figure
+    :param without_compiling: see ``modes``
     :param images: whether observations are images, for which there is no plain implementation
-    :return: milliseconds of the two updates in each of ``precisions`` and each mode; what they are in parts of the time that
-        matrix products of as many operations take in that precision, and how much faster than the plain implementation. Modes
-        are eager and compiled on a CPU, eager, captured and compiled as well as captured on a GPU; captured ones draw their
-        batches and set priorities too.
+    :return: milliseconds of the two updates in each of ``precisions`` and each of ``modes``; what they are in parts of the
+        time that matrix products of as many operations take in that precision, and how much faster than the plain
+        implementation
     """
     policy, env = ("CnnPolicy", ImageNoiseEnv()) if images else ("MlpPolicy", NoiseEnv())
     model = MRQ(
@@ -199,14 +209,13 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
     figures: dict[str, Any] = {"gflop": gflop}
     if not images:
         figures["plain_ms"] = 1e3 * time_plain(model, subtrajectories, n_step, seconds)
-    modes = ("eager", "compiled") if device == "cpu" else ("eager", "captured", "compiled and captured")
     for precision in precisions(device):
         th.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         rate = matmul_rate(th.bfloat16 if precision == "bfloat16" else th.float32, device, seconds)
         th.set_float32_matmul_precision("highest")
         floor = 1e12 * sum(gflop.values()) / rate
         row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
-        for mode in modes:
+        for mode in modes(device, without_compiling):
             model.learner.hyperparameters = replace(model.learner.hyperparameters, precision=precision)
             model.learner.set_compiled("compiled" in mode)
             release(model)
@@ -235,18 +244,23 @@ def time_updates(device: str, seconds: float, images: bool = False) -> dict[str,
     return figures
 
 
-def time_training(env_id: str, device: str, steps: int) -> dict[str, float]:
+def time_training(env_id: str, device: str, steps: int, without_compiling: bool) -> dict[str, float]:
     """
     :param env_id: environment
     :param device: cpu or cuda
     :param steps: of the environment, each with a training step
+    :param without_compiling: whether to train uncompiled, on a GPU still captured
     :return: steps a second of training with all there is to it, simulation included, in the last of ``precisions``
     """
     precision = precisions(device)[-1]
     atari = env_id.startswith("ALE/")
     env = make_vec_env(lambda: AtariWrapper(gym.make(env_id)) if atari else gym.make(env_id), seed=0)
     policy = "CnnPolicy" if atari else "MlpPolicy"
-    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, compile_updates=True, precision=precision)
+    compile_updates: bool | str = not without_compiling
+    if without_compiling and device != "cpu":
+        compile_updates = "auto"
+    settings: dict[str, Any] = {"compile_updates": compile_updates, "precision": precision}
+    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, **settings)
     model.learn(500 + TRAIN_WARM_UP)
     start = time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
@@ -427,6 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--large", type=int, default=1_000_000, help="places of the large buffer (default: %(default)s)")
     parser.add_argument("--small", type=int, default=10_000, help="places of the small buffer (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for which to measure each figure (default: %(default)s)")
+    parser.add_argument("--without-compiling", action="store_true", help="leave out what torch.compile takes time for")
     parser.add_argument("--train", nargs="*", default=[], metavar="ENV", help="environments in which to time whole training")
     parser.add_argument("--train-steps", type=int, default=2_000, help="steps of that (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
@@ -434,23 +449,30 @@ def main(arguments: list[str] | None = None) -> None:
     if args.threads:
         th.set_num_threads(args.threads)
     gpu = f", {th.cuda.get_device_name()}" if args.device == "cuda" else ""
-    figures = {
+    figures: dict[str, Any] = {
         "command": f"python -m benchmarks.speed {shlex.join(sys.argv[1:] if arguments is None else arguments)}",
         "machine": f"{processor()}, {th.get_num_threads()} threads of torch{gpu}",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")},
-        # First, while the memory of this process is its own
-        "memory": measure_memory(args.large),
-        "sampling": time_sampling(args.small, args.large),
-        "update": time_updates(args.device, args.seconds),
-        "image_update": time_updates(args.device, args.seconds, images=True),
-        "acting": time_acting(args.device, args.seconds),
-        "loop": {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
-        "parallel_training": time_parallel_training(args.device, 16 * max(1, int(args.seconds)), 8),
-        "training": {env_id: time_training(env_id, args.device, args.train_steps) for env_id in args.train},
     }
+    parts: dict[str, Callable[[], Any]] = {
+        # First, while the memory of this process is its own
+        "memory": lambda: measure_memory(args.large),
+        "sampling": lambda: time_sampling(args.small, args.large),
+        "update": lambda: time_updates(args.device, args.seconds, args.without_compiling),
+        "image_update": lambda: time_updates(args.device, args.seconds, args.without_compiling, images=True),
+        "acting": lambda: time_acting(args.device, args.seconds),
+        "loop": lambda: {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
+        "parallel_training": lambda: time_parallel_training(args.device, 16 * max(1, int(args.seconds)), 8),
+        "training": lambda: {
+            env_id: time_training(env_id, args.device, args.train_steps, args.without_compiling) for env_id in args.train
+        },
+    }
+    for name, measure in parts.items():
+        figures[name] = measure()
+        if args.out:
+            # As they come: a later part may fail
+            args.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(table(figures))
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

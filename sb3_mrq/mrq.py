@@ -118,8 +118,9 @@ class MRQ(OffPolicyAlgorithm):
         torch; else it is float32. ``model.learner.hyperparameters.precision`` says which.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
         starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
-        device. ``"auto"`` compiles on a CPU if ``learn`` is to run for at least ``COMPILE_FROM`` steps after the warm-up, or
-        calls of ``learn`` have made as many training steps since the model was created or loaded, in the main thread.
+        device. ``"auto"`` captures them there, where it can, without compiling. On a CPU it compiles if ``learn`` is to run
+        for at least ``COMPILE_FROM`` steps after the warm-up, or calls of ``learn`` have made as many training steps since the
+        model was created or loaded, in the main thread.
         If compiling or capturing fails, training goes on without it, after a warning.
         Read when the model is created or loaded; later changes have no effect.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
@@ -321,7 +322,7 @@ class MRQ(OffPolicyAlgorithm):
         self._value_policy_metrics = MetricMeans(ValuePolicyMetrics._fields, self.device)
         self._scalars = Scalars(self.device)
         self._device_training: DeviceTraining | None = None
-        self._may_capture = self.compile_updates is True and Graph.can_capture(self.device)
+        self._may_capture = self.compile_updates is not False and Graph.can_capture(self.device)
 
     def _learner_hyperparameters(self) -> UpdateHyperparameters:
         """
@@ -687,21 +688,25 @@ class MRQ(OffPolicyAlgorithm):
             else:
                 self._device_training.prepare()
         except (CaptureError, TypeError, th.OutOfMemoryError) as error:
-            self._give_up_capturing(error)
+            self._give_up_capturing(error, warn=self.compile_updates is True)
 
     def _free_memory(self) -> float:
         """Bytes that are free on the device."""
         return th.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else np.inf
 
-    def _give_up_capturing(self, error: Exception) -> None:
+    def _give_up_capturing(self, error: Exception, warn: bool = True) -> None:
         """
-        Train without graphs from now on, and say so.
+        Train without graphs from now on.
+
+        :param error: the reason
+        :param warn: whether to say so: what cannot be captured from the outset is no surprise where nobody asked for it
         """
-        warnings.warn(
-            f"Training steps could not be captured as CUDA graphs, so they run as they are, slower but with the same results. "
-            f"Set compile_updates=False to do so from the start. {error}",
-            stacklevel=2,
-        )
+        if warn:
+            warnings.warn(
+                f"Training steps could not be captured as CUDA graphs, so they run as they are, slower but with the same "
+                f"results. Set compile_updates=False to do so from the start. {error}",
+                stacklevel=2,
+            )
         self._may_capture = False
         release(self)
         self._device_training = None

@@ -35,6 +35,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rliable import library, metrics
 
+from benchmarks.scales import IN_WORDS, scale_of
+
 #: id of the environment from the name in the published files, by file
 PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-visual/{}-v0", "atari.csv": "ALE/{}"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -43,10 +45,6 @@ PUBLISHED_NAME = "published"
 # Fewer seeds are drawn one by one: bands of several algorithms hide one another
 SEEDS_OF_A_BAND = 5
 
-#: returns that count as 0 and 1, beside those of the DeepMind Control suite: fixed, as scores must not depend on what else was
-#: run. CartPole has at most 500 steps, each with a reward of 1, and Acrobot at most 500 of -1. -100 on Acrobot and 200 on
-#: LunarLander are gymnasium's thresholds of solved tasks; LunarLander has no lowest return, so that 0 is put in the middle.
-RETURN_RANGES = {"CartPole-v1": (0.0, 500.0), "Acrobot-v1": (-500.0, -100.0), "LunarLander-v3": (-200.0, 200.0)}
 #: seeds that an interval takes
 MIN_SEEDS = 3
 #: what tells an evaluation from all others
@@ -201,15 +199,6 @@ def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
         f"{precision} ({', '.join(map(str, sorted(seeds.unique())))})"
         for precision, seeds in runs["seed"][named].groupby(precisions[named])
     ]
-
-
-def scale_of(task: str) -> tuple[float, float] | None:
-    """
-    :param task: a task
-    :return: returns that count as 0 and 1: 0 and 1000 in the DeepMind Control suite, elsewhere those of ``RETURN_RANGES``.
-        None for other tasks.
-    """
-    return (0.0, 1000.0) if task.startswith(("dmc/", "dmc-visual/")) else RETURN_RANGES.get(task)
 
 
 @dataclass
@@ -567,8 +556,7 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
         + ("Those of fewer than 5 seeds are too narrow. " if few < 5 else "")
         + "Every task counts with as many seeds as the task with the fewest: "
         + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in of.matrices.items())
-        + ". Returns are normalised, 0 to 1000 in the DeepMind Control suite; elsewhere "
-        + ", ".join(f"{low:.0f} to {high:.0f} on {task}" for task, (low, high) in RETURN_RANGES.items())
+        + f". Returns are normalised: {IN_WORDS}"
         + f". {'Left out:' if of.left_out else ''}</p>",
         not_in_it,
         picture("aggregates", "interquartile mean and optimality gap of each algorithm"),

@@ -74,8 +74,8 @@ ATARI_WRAPPER = f"sb3_mrq.envs.{AtariWrapper.__name__}"
 #: section of rl-zoo3's configuration for continuous control that it has none for
 ZOO_DEFAULTS = "HalfCheetah-v4"
 
-#: runs that share a GPU
-RUNS_PER_GPU = 4
+#: runs that share a GPU: it is at work for most of a training step, and computes for one process at a time
+RUNS_PER_GPU = 2
 #: seconds that runs on Ray have to write their last checkpoint when the study is stopped
 CHECKPOINT_SECONDS = 300
 #: where the runs find the benchmarks, which are not installed

@@ -619,9 +619,24 @@ class TestTraining:
             model.learn(60)
         self.assert_same(*models)
 
-    def test_features_extractor_that_waits(self, device):
-        model = self.make(device, policy_kwargs=dict(features_extractor_class=ReadingExtractor))
+    @pytest.mark.parametrize("compile_updates", [True, "auto"])
+    def test_features_extractor_that_waits(self, device, compile_updates):
+        policy_kwargs = dict(features_extractor_class=ReadingExtractor)
+        model = self.make(device, policy_kwargs=policy_kwargs, compile_updates=compile_updates)
         self.fails_once(model, "could not be captured")
+
+    def test_automatic_choice(self, device):
+        """Captured without compiling, and silently not where it is clear from the outset that it cannot be."""
+        model = self.make(device, compile_updates="auto")
+        env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
+        normalised = self.make(device, env=env, compile_updates="auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.learn(60)
+            assert sorted(self.captures) == ["_act_step", "_encoder_step", "_value_step"]
+            assert model._device_training.captured and not model.learner.compiled
+            normalised.learn(60)
+        assert len(self.captures) == 3 and normalised._device_training is None and normalised._n_updates == 50
 
     def test_other_optimizer(self, device):
         self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not Adam")

@@ -13,6 +13,8 @@ from matplotlib import image
 from scipy import stats
 
 from benchmarks import report
+from benchmarks.scales import ATARI, scale_of
+from sb3_mrq.envs import BENCHMARK_TASKS
 
 
 def results(returns, steps=(0, 10, 20)):
@@ -76,10 +78,19 @@ class TestReport:
         """Returns that count as 0 and 1 are fixed, and tasks without such are left out by name."""
         alone = report.scores(results({key: values for key, values in SCORED.items() if key[1] == "td3"}))
         np.testing.assert_allclose(alone.matrices["td3"], report.scores(results(SCORED)).matrices["td3"])
-        of = report.scores(results({**RETURNS, ("Ant-v5", "mrq"): [1]}))
-        assert of.tasks == [TASKS[0]]
-        assert of.left_out == {TASKS[1]: "no returns are fixed that count as 0 and 1", "Ant-v5": "nothing of td3"}
-        assert report.scale_of("Acrobot-v1") == (-500, -100) and report.scale_of("LunarLander-v3") == (-200, 200)
+        pendulum = {("Pendulum-v1", "mrq"): [-150], ("Pendulum-v1", "td3"): [-140]}
+        of = report.scores(results({**RETURNS, **pendulum, ("Ant-v5", "mrq"): [1]}))
+        assert of.tasks == list(TASKS)
+        assert of.left_out == {"Pendulum-v1": "no returns are fixed that count as 0 and 1", "Ant-v5": "nothing of td3"}
+
+    def test_every_task_of_the_paper_has_a_scale(self):
+        scales = [scale_of(task) for task in BENCHMARK_TASKS]
+        assert all(low < high for low, high in scales)
+        assert len(ATARI) == 57 and len(set(ATARI.values())) == 57
+        assert scale_of("Acrobot-v1") == (-500, -100) and scale_of("LunarLander-v3") == (-200, 200)
+        # As the published runs are of version 4
+        assert scale_of("HalfCheetah-v4") == scale_of("HalfCheetah-v5") == (-289.4, 10574)
+        assert [scale_of(task) for task in ("ALE/Tetris-v5", "HalfCheetah-v2", "Pong-v5", "mine/HalfCheetah-v5")] == [None] * 4
 
     def test_runs_of_different_lengths(self):
         """Compared where all have been, and those that ended early are named."""
@@ -245,14 +256,16 @@ class TestReport:
 
     def test_report(self, published, tmp_path):
         path = tmp_path / "results.csv"
-        results(RETURNS).assign(versions="python 3 & more", machine="x86_64").to_csv(path, index=False)
+        table = results({**RETURNS, ("Ant-v5", "mrq"): [1]})
+        table.assign(versions="python 3 & more", machine="x86_64").to_csv(path, index=False)
         out = tmp_path / "report"
         report.main([str(path), "--published", str(published), "--out", str(out), "--reps", "50", "--title", "A <study>"])
         text = (out / "index.html").read_text()
         assert "A &lt;study&gt;" in text and "python 3 &amp; more" in text
         shown = re.findall(r'src="([^"]+)"', text)
-        assert set(shown) == {"aggregates.png", "improvement.png", "dmc_walker-walk-v0.png", "HalfCheetah-v5.png"}
-        assert "HalfCheetah-v5: no returns are fixed that count as 0 and 1</li>" in text
+        tasks = {"dmc_walker-walk-v0.png", "HalfCheetah-v5.png", "Ant-v5.png"}
+        assert set(shown) == {"aggregates.png", "improvement.png", *tasks}
+        assert "Ant-v5: nothing of td3</li>" in text and "-200 to 200 on LunarLander-v3. Left out:" in text
         for name in (*shown, "overview.png"):
             pixels = image.imread(out / name)
             assert pixels.shape[0] > 100 and pixels.std() > 0.01

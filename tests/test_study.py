@@ -107,7 +107,7 @@ class TestStudy:
         assert [study.jobs_here(threads, "cpu") for threads in (1, 3, 32)] == [16, 5, 1]
         assert study.jobs_here(1, "auto") == (study.RUNS_PER_GPU if th.cuda.is_available() else 16)
         monkeypatch.setattr(th.cuda, "is_available", lambda: True)
-        assert [study.jobs_here(*of) for of in ((1, "auto"), (8, "cuda"), (1, "cpu"))] == [study.RUNS_PER_GPU, 2, 16]
+        assert [study.jobs_here(*of) for of in ((1, "auto"), (16, "cuda"), (1, "cpu"))] == [study.RUNS_PER_GPU, 1, 16]
 
     def test_runs_find_the_benchmarks_from_any_folder(self, tmp_path, monkeypatch):
         """Workers of Ray may have been started anywhere."""
@@ -315,8 +315,8 @@ class TestStudy:
         shares = [
             study.gpu_share(*of) for of in (("cuda", True), ("cuda:1", True), ("auto", True), ("auto", False), ("cpu", True))
         ]
-        assert shares == [0.25, 0.25, 0.25, 0, 0]
-        assert study.gpu_share("cuda", False) == 0.25  # of a cluster that grows where it is needed
+        assert shares == [0.5, 0.5, 0.5, 0, 0]
+        assert study.gpu_share("cuda", False) == 0.5  # of a cluster that grows where it is needed
 
 
 def wait_for(condition, seconds=60):

@@ -699,7 +699,7 @@ class MRQ(OffPolicyAlgorithm):
         Train without graphs from now on.
 
         :param error: the reason
-        :param warn: whether to say so: what cannot be captured from the outset is no surprise where nobody asked for it
+        :param warn: whether to warn; otherwise it is said as information, as where nobody asked for graphs that cannot be
         """
         if warn:
             warnings.warn(
@@ -707,6 +707,8 @@ class MRQ(OffPolicyAlgorithm):
                 f"results. Set compile_updates=False to do so from the start. {error}",
                 stacklevel=2,
             )
+        elif self.verbose >= 1:
+            print(f"Training steps are not captured as CUDA graphs: {error}")
         self._may_capture = False
         release(self)
         self._device_training = None

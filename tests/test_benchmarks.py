@@ -35,7 +35,6 @@ def test_speed(tmp_path, capsys, monkeypatch):
     arguments = "--seconds 0.02 --large 4000 --small 2000 --train Pendulum-v1 --train-steps 5 --out"
     speed.main([*arguments.split(), str(out)])
     figures = json.loads(out.read_text())
-    # Section 12 of the specification: 11.5 and 8 GFLOP
     assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5, rel=0.01)
     assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8, rel=0.01)
     measured = {
@@ -57,6 +56,13 @@ def test_speed(tmp_path, capsys, monkeypatch):
         "loop, 8 environments",
     ):
         assert text in table
+
+
+@pytest.mark.parametrize("device, fast, all_of_them", [("cpu", 1, 2), ("cuda", 2, 3)])
+def test_modes(device, fast, all_of_them):
+    """What compiles comes last, and can be left out."""
+    assert len(speed.modes(device, False)) == all_of_them and speed.modes(device, False)[0] == "eager"
+    assert speed.modes(device, True) == speed.modes(device, False)[:fast]
 
 
 def test_memory(tmp_path):

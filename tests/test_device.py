@@ -625,11 +625,11 @@ class TestTraining:
         model = self.make(device, policy_kwargs=policy_kwargs, compile_updates=compile_updates)
         self.fails_once(model, "could not be captured")
 
-    def test_automatic_choice(self, device):
-        """Captured without compiling, and silently not where it is clear from the outset that it cannot be."""
+    def test_automatic_choice(self, device, capsys):
+        """Captured without compiling, and without a warning not where it is clear from the outset that it cannot be."""
         model = self.make(device, compile_updates="auto")
         env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
-        normalised = self.make(device, env=env, compile_updates="auto")
+        normalised = self.make(device, env=env, compile_updates="auto", verbose=1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.learn(60)
@@ -637,6 +637,7 @@ class TestTraining:
             assert model._device_training.captured and not model.learner.compiled
             normalised.learn(60)
         assert len(self.captures) == 3 and normalised._device_training is None and normalised._n_updates == 50
+        assert "not captured as CUDA graphs: VecNormalize works on the host." in capsys.readouterr().out
 
     def test_other_optimizer(self, device):
         self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not Adam")

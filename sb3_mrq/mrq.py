@@ -691,8 +691,13 @@ class MRQ(OffPolicyAlgorithm):
             self._give_up_capturing(error, warn=self.compile_updates is True)
 
     def _free_memory(self) -> float:
-        """Bytes that are free on the device."""
-        return th.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else np.inf
+        """Bytes that are free on the device, once what models before this one have left behind is given back."""
+        if self.device.type != "cuda":
+            return np.inf
+        # Graphs and what they belong to refer to each other, and torch keeps the memory of what is gone
+        gc.collect()
+        th.cuda.empty_cache()
+        return th.cuda.mem_get_info(self.device)[0]
 
     def _give_up_capturing(self, error: Exception, warn: bool = True) -> None:
         """

@@ -7,6 +7,7 @@ numbers are those of the first time, tensors stay where they were, and nothing c
 
 import threading
 import warnings
+import weakref
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -695,6 +696,20 @@ class TestTraining:
             next(model.critic.parameters()).fill_(th.nan)
         with pytest.raises(ValueError, match="diverged"):
             model.learn(100, reset_num_timesteps=False)
+
+
+def test_memory_of_models_before(monkeypatch):
+    """Is free, although what captured graphs belong to refers to itself, and torch keeps memory for later."""
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+    gone, kept = weakref.ref(Model()), [True]
+    assert gone() is not None
+    monkeypatch.setattr(th.cuda, "empty_cache", lambda: kept.__setitem__(0, gone() is not None))
+    monkeypatch.setattr(th.cuda, "mem_get_info", lambda of: (100 if kept[0] else 1000, 1000))
+    assert MRQ._free_memory(SimpleNamespace(device=th.device("cuda"))) == 1000
 
 
 def test_not_on_a_cpu():

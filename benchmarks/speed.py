@@ -256,9 +256,9 @@ def time_training(env_id: str, device: str, steps: int, without_compiling: bool)
     atari = env_id.startswith("ALE/")
     env = make_vec_env(lambda: AtariWrapper(gym.make(env_id)) if atari else gym.make(env_id), seed=0)
     policy = "CnnPolicy" if atari else "MlpPolicy"
-    compile_updates = (device != "cpu" and "auto") if without_compiling else True
-    settings: dict[str, Any] = {"compile_updates": compile_updates, "precision": precision}
-    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, **settings)
+    without: bool | str = False if device == "cpu" else "auto"
+    compile_updates = without if without_compiling else True
+    model = MRQ(policy, env, learning_starts=500, seed=0, device=device, compile_updates=compile_updates, precision=precision)
     model.learn(500 + TRAIN_WARM_UP)
     start = time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)

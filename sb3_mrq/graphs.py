@@ -157,6 +157,19 @@ def on_device(device: th.device) -> contextlib.AbstractContextManager:
     return th.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def give_back_memory(device: th.device) -> None:
+    """
+    Free what models that are gone have left behind on a CUDA device: graphs and what they belong to refer to each other, and
+    torch keeps the memory of what is gone.
+
+    :param device: any device
+    """
+    if device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):
+            th.cuda.empty_cache()
+
+
 def note_waits(function: Callable[[], Any]) -> tuple[Any, str | None]:
     """
     :param function: works on a CUDA device

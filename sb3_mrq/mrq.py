@@ -3,7 +3,6 @@ MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), lo
 """
 
 import contextlib
-import gc
 import io
 import pathlib
 import threading
@@ -42,7 +41,7 @@ from sb3_mrq.checks import (
 from sb3_mrq.device_replay import DeviceReplay
 from sb3_mrq.device_training import DeviceTraining, release, restore_groups
 from sb3_mrq.extractors import check_observation_space
-from sb3_mrq.graphs import CaptureError, Graph
+from sb3_mrq.graphs import CaptureError, Graph, give_back_memory
 from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters
 from sb3_mrq.learner import EncoderMetrics, Learner, ValuePolicyMetrics, grad_norm
 from sb3_mrq.metrics import MetricMeans, Scalars
@@ -692,12 +691,8 @@ class MRQ(OffPolicyAlgorithm):
 
     def _free_memory(self) -> float:
         """Bytes that are free on the device, once what models before this one have left behind is given back."""
-        if self.device.type != "cuda":
-            return np.inf
-        # Graphs and what they belong to refer to each other, and torch keeps the memory of what is gone
-        gc.collect()
-        th.cuda.empty_cache()
-        return th.cuda.mem_get_info(self.device)[0]
+        give_back_memory(self.device)
+        return th.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else np.inf
 
     def _give_up_capturing(self, error: Exception, warn: bool = True) -> None:
         """
@@ -717,11 +712,7 @@ class MRQ(OffPolicyAlgorithm):
         self._may_capture = False
         release(self)
         self._device_training = None
-        if self.device.type == "cuda":
-            # Graphs and what they belong to refer to each other
-            gc.collect()
-            with contextlib.suppress(RuntimeError):
-                th.cuda.empty_cache()
+        give_back_memory(self.device)
 
     def _train_encoder(self, batch_size: int) -> None:
         """

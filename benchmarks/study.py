@@ -371,7 +371,7 @@ def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Genera
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     # Where Ray gives a task no share of a GPU, it hides all of them from it
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    remote = ray.remote(execute)
+    remote = ray.remote(execute_on_ray)
 
     def submit(run: Run) -> Any:
         gpus = gpu_share(run.device, has_gpus)
@@ -397,6 +397,15 @@ def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Genera
             # Runs of MRQ write a checkpoint
             ray.wait(list(waiting), num_returns=len(waiting), timeout=CHECKPOINT_SECONDS)
         ray.shutdown()
+
+
+def execute_on_ray(run: Run) -> str | None:
+    """
+    As ``execute``, where Ray can cancel it: it does so by SIGINT, which its workers ignore if the study was started in the
+    background of a script.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return execute(run)
 
 
 def gpu_share(device: str, has_gpus: bool) -> float:

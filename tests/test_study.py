@@ -341,7 +341,12 @@ class TestEnds:
         arguments += ["--backend", backend, "--jobs", "1"]
         run = study.parse(arguments)[1][0]
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.study", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "benchmarks.study", *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            # As in the background of a script
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         # Ray takes its time
         wait_for((run.folder / "evaluations.csv").exists, seconds=60 if backend == "local" else 300)

@@ -205,7 +205,6 @@ class EvaluationCallback(BaseCallback):
         self._evaluate_if_due()
 
     def _go_on(self) -> None:
-        self._plan_next()
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["timesteps"]) <= self.num_timesteps]
         # Whole or as it was, if it ends here
@@ -214,19 +213,22 @@ class EvaluationCallback(BaseCallback):
             writer.writeheader()
             writer.writerows(rows)
         self.n_evaluations = len(rows)
+        self._plan_next(int(rows[-1]["timesteps"]) if rows else 0)
         # As it was in the checkpoint
         self.start -= self.model.training_seconds  # type: ignore[attr-defined]
 
-    def _plan_next(self) -> None:
-        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
+    def _plan_next(self, last: int) -> None:
+        """
+        :param last: step of the last evaluation
+        """
+        self.next_evaluation = (last // self.freq + 1) * self.freq
         end = self.locals.get("total_timesteps", 0)
-        if self.num_timesteps < end:
+        if last < end:
             self.next_evaluation = min(self.next_evaluation, end)
 
     def _evaluate_if_due(self) -> bool:
         if self.num_timesteps < self.next_evaluation:
             return True
-        self._plan_next()
         started = time.monotonic()
         assert self.model.env is not None
         copy_normalization(self.model.env, self.env)
@@ -239,6 +241,7 @@ class EvaluationCallback(BaseCallback):
             returns, lengths = evaluate_policy(
                 self.model, self.env, self.n_episodes, deterministic=deterministic, return_episode_rewards=True
             )
+        self._plan_next(self.num_timesteps)
         self.n_evaluations += 1
         row = (
             self.task,

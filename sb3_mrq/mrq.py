@@ -61,6 +61,14 @@ SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
 REWARD_SCALES = "reward_scales"
 
 
+class EvaluationStopped(KeyboardInterrupt):
+    """
+    What ``predict`` raises in a callback of ``learn`` where a signal is to end training, see
+    :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback`: what it is called for, such as an evaluation, may take longer than
+    there is time for a checkpoint.
+    """
+
+
 class MRQ(OffPolicyAlgorithm):
     """
     Model-based Representations for Q-learning (MR.Q).
@@ -252,6 +260,7 @@ class MRQ(OffPolicyAlgorithm):
         self.resumed_compiled: bool | None = None
         # Where a callback watches for signals
         self.stop_signals: StopSignals | None = None
+        self._in_rollout = False
         # Steps that the environments had made when learning ended, None where that is not known
         self._env_steps: list[int] | None = None
 
@@ -558,9 +567,12 @@ class MRQ(OffPolicyAlgorithm):
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
         complete = False
+        self._in_rollout = True
         try:
             rollout = super().collect_rollouts(*args, **kwargs)
             complete = rollout.continue_training
+        except EvaluationStopped:
+            rollout = RolloutReturn(0, 0, continue_training=False)
         except (EOFError, ConnectionError) as error:
             if self.stop_signals is None or not self.stop_signals.arrived():
                 explain_dead_worker(self.env, error, self.num_timesteps)
@@ -568,11 +580,35 @@ class MRQ(OffPolicyAlgorithm):
             # Ctrl-C reaches the processes of the environments as well, which are gone now
             rollout = RolloutReturn(0, 0, continue_training=False)
         finally:
+            self._in_rollout = False
             if not complete:
                 # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,
                 # not from an observation that is past.
                 self._last_obs = None
         return rollout
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Get the policy action from an observation (and optional hidden state), see ``BaseAlgorithm.predict``.
+
+        :param observation: the input observation, of one environment or of several
+        :param state: passed on as it is, for there are no recurrent policies
+        :param episode_start: of no effect, likewise
+        :param deterministic: Whether to return the best action, or to sample discrete actions; Box actions are the same
+        :return: the model's action, and ``state``
+        :raises EvaluationStopped: in a callback of ``learn``, where a signal is to end training
+        """
+        # The signals are those of the main thread; others may go on to use the model
+        stopping = self._in_rollout and self.stop_signals is not None and self.stop_signals.received is not None
+        if stopping and threading.current_thread() is threading.main_thread():
+            raise EvaluationStopped
+        return super().predict(observation, state, episode_start, deterministic)
 
     def _sample_action(
         self,
@@ -933,6 +969,7 @@ class MRQ(OffPolicyAlgorithm):
             "resumed_generators",
             "resumed_compiled",
             "stop_signals",
+            "_in_rollout",
             "automatic_precision",
             "updates_before",
             "while_learning",

@@ -31,6 +31,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnMaxEpisodes,
 )
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_mrq import MRQ, checkpoints
@@ -497,6 +498,59 @@ def test_signal(number, tmp_path):
     learn(resumed, tmp_path, 5)
     # Nothing is left of the signal
     assert resumed.num_timesteps == 20
+
+
+class KillsIn(SpaceEnv):
+    """Sends SIGTERM to this process in one of its steps, counted from 1."""
+
+    def __init__(self, at_step):
+        super().__init__()
+        self.n_steps, self.at_step = 0, at_step
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_steps == self.at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(action)
+
+
+def test_signal_in_an_evaluation(tmp_path):
+    """
+    It ends at once, as there may be no time to finish it. The transition that it came after is lost. Other threads, in which
+    nobody asked for an end, go on to use the model.
+    """
+    model = tiny_model(SpaceEnv())
+    observation = model.observation_space.sample()
+    env = KillsIn(3)
+    callback = ResumableCheckpointCallback(1000, tmp_path)
+    elsewhere = []
+
+    class AtTheEnd(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_training_end(self):
+            # The signal is known, but predicting at the end is what it always is
+            elsewhere.append(model.predict(observation))
+
+    class Evaluation(EvalCallback):
+        def _log_success_callback(self, *args):
+            if env.n_steps == 3:
+                thread = threading.Thread(target=lambda: elsewhere.append(model.predict(observation)))
+                thread.start()
+                thread.join()
+
+    evaluation = Evaluation(Monitor(env), eval_freq=15, n_eval_episodes=5, verbose=0)
+    assert model.learn(100, callback=[callback, evaluation, AtTheEnd()]) is model
+    assert env.n_steps == 3 and len(elsewhere) == 2
+    assert callback.stopped_by == signal.SIGTERM and steps(tmp_path) == [15]
+    resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
+    assert resumed.replay_buffer.size() == 14 and resumed._n_updates == 4
+    assert resumed.remaining_timesteps == 85
+    for after in (resumed, model):
+        after.predict(observation)
+        after.learn(5, reset_num_timesteps=False)
+        assert after.num_timesteps == 20
 
 
 def test_handlers_are_restored_after_an_error(tmp_path):

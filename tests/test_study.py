@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from test_buffer import NumberEnv
 from benchmarks import evaluation, study, study_run
 from benchmarks.evaluation import EvaluationCallback, RandomActions
 from sb3_mrq import MRQ
+from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.precision import automatic_precision
 
@@ -537,6 +539,42 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
     env = make_vec_env(SpaceEnv, seed=1000)
     first = evaluation.evaluate_policy(model, env, 2)[0]
     assert straight[0][1] == f"{first:.2f}"
+
+
+@pytest.mark.filterwarnings("ignore:Nothing will be learned")
+@pytest.mark.parametrize("step", [20, 45])
+def test_evaluations_that_a_signal_cuts_short(step, tmp_path):
+    """Are made where the run goes on, the last one too."""
+    path = tmp_path / "evaluations.csv"
+
+    class Ends(SpaceEnv):
+        rows = 0
+
+        def step(self, action):
+            if path.exists() and len(path.read_text().splitlines()) == self.rows:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    def learn(model, steps, rows=0, **kwargs):
+        Ends.rows = rows
+        callbacks = [
+            ResumableCheckpointCallback(1000, tmp_path / "checkpoints"),
+            EvaluationCallback(make_vec_env(Ends, seed=1000), path, 10, 2, "task"),
+        ]
+        model.learn(steps, callback=callbacks, **kwargs)
+        return [(row["timesteps"], row["return_mean"]) for row in csv.DictReader(path.open())]
+
+    def model():
+        return tiny_model(SpaceEnv(), learning_starts=1000, seed=0)
+
+    straight = learn(model(), 45)
+    path.unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
+    n_before = [row[0] for row in straight].index(str(step))
+    assert learn(model(), 45, 1 + n_before) == straight[:n_before]
+    resumed = MRQ.resume(tmp_path / "checkpoints", SpaceEnv(), device="cpu")
+    assert resumed.num_timesteps == step
+    assert learn(resumed, resumed.remaining_timesteps, reset_num_timesteps=False) == straight
 
 
 def test_discrete_policies_are_evaluated_by_samples(tmp_path, monkeypatch):

@@ -73,7 +73,8 @@ class ResumableCheckpointCallback(BaseCallback):
 
     SIGTERM and Ctrl-C end training where the next rollout would begin, with a checkpoint. Calling ``learn`` then returns as if
     it was done; ``stopped_by`` tells the signal. Where a callback evaluates the model meanwhile, or does anything else that
-    calls its ``predict``, that ends at once, and the checkpoint is without the last step of each environment.
+    calls its ``predict``, that ends at once, and the checkpoint is without the last step of each environment. Training steps
+    that are left are put off until training goes on.
 
     :param save_freq: number of steps between checkpoints, counted as ``num_timesteps`` over all environments (not, as in SB3's
         ``CheckpointCallback``, in calls of the callback)

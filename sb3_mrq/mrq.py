@@ -249,8 +249,11 @@ class MRQ(OffPolicyAlgorithm):
         # rbar and rbar': mean absolute reward of the buffer when the targets were last replaced, and the time before
         self.reward_scale = 1.0
         self.target_reward_scale = 0.0
-        # Training step before which that was
+        # Training step before which that was, and encoder updates since, of those that belong to it
         self._targets_replaced_at: int | None = None
+        self._n_encoder_updates = 0
+        # Training steps that a signal has put off, until training goes on
+        self._gradient_steps_left = 0
 
         # Of checkpoints: which run they are of, the names of those that resuming passed over, and what else there was in the
         # one that this model was resumed from, until it learns
@@ -566,6 +569,9 @@ class MRQ(OffPolicyAlgorithm):
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
+        if self._gradient_steps_left and not self._is_stopping:
+            gradient_steps, self._gradient_steps_left = self._gradient_steps_left, 0
+            self.train(gradient_steps, self.batch_size)
         complete = False
         self._in_rollout = True
         try:
@@ -605,8 +611,7 @@ class MRQ(OffPolicyAlgorithm):
         :raises EvaluationStopped: in a callback of ``learn``, where a signal is to end training
         """
         # The signals are those of the main thread; others may go on to use the model
-        stopping = self._in_rollout and self.stop_signals is not None and self.stop_signals.received is not None
-        if stopping and threading.current_thread() is threading.main_thread():
+        if self._in_rollout and self._is_stopping and threading.current_thread() is threading.main_thread():
             raise EvaluationStopped
         return super().predict(observation, state, episode_start, deterministic)
 
@@ -661,6 +666,8 @@ class MRQ(OffPolicyAlgorithm):
         ``target_update_interval``-th, the targets are replaced, the reward scale is renewed, and as many encoder updates are
         done. While no transition can be sampled nothing is done.
 
+        Where a signal is to end training, what is left is put off until training goes on.
+
         :param gradient_steps: How many training steps to do
         :param batch_size: sub-trajectories of an encoder update, transitions of a value and policy update
         :raises DivergedError: if what the networks compute is not finite
@@ -682,23 +689,44 @@ class MRQ(OffPolicyAlgorithm):
             self.learner.hyperparameters = self._learner_hyperparameters()
             self._set_scalars()
             self._prepare_capturing(batch_size)
-        for _ in range(gradient_steps):
-            # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
-            if self._n_updates % self.target_update_interval == 0:
-                if self._targets_replaced_at != self._n_updates:
-                    self._replace_targets()
-                    self._targets_replaced_at = self._n_updates
-                # A burst that was interrupted is repeated whole: its training step has not been counted
-                for _ in range(self.target_update_interval):
-                    self._train_encoder(batch_size)
-                self._log_encoder()
-            self._train_value_and_policy(batch_size)
-
-            self._n_updates += 1
-            if self._n_updates % self.METRICS_INTERVAL == 1:
-                self._log_value_and_policy()
+        for step in range(gradient_steps):
+            # The first one belongs to what was stored before the signal
+            if (step > 0 and self._is_stopping) or not self._training_step(batch_size):
+                self._gradient_steps_left = gradient_steps - step
+                break
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _training_step(self, batch_size: int) -> bool:
+        """
+        One training step.
+
+        :param batch_size: as for ``train``
+        :return: whether it has been done: not if a signal came in a burst of encoder updates, which is then put off too
+        """
+        # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
+        if self._n_updates % self.target_update_interval == 0:
+            if self._targets_replaced_at != self._n_updates:
+                self._replace_targets()
+                self._targets_replaced_at, self._n_encoder_updates = self._n_updates, 0
+            # One that was broken off goes on where it was: its training step has not been counted
+            while self._n_encoder_updates < self.target_update_interval:
+                if self._is_stopping:
+                    return False
+                self._train_encoder(batch_size)
+                self._n_encoder_updates += 1
+            self._log_encoder()
+        self._train_value_and_policy(batch_size)
+
+        self._n_updates += 1
+        if self._n_updates % self.METRICS_INTERVAL == 1:
+            self._log_value_and_policy()
+        return True
+
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether a signal is to end training."""
+        return self.stop_signals is not None and self.stop_signals.received is not None
 
     def _prepare_capturing(self, batch_size: int) -> None:
         """

@@ -6,10 +6,12 @@ import itertools
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -172,6 +174,45 @@ def test_not_the_same_without_what_is_restored(tmp_path):
     loaded.load_replay_buffer(path / "replay_buffer.pkl")
     loaded.learn(loaded.remaining_timesteps, reset_num_timesteps=False)
     assert not th.equal(*(th.cat([v.flatten() for v in snapshot(m.policy).values()]) for m in (model, loaded)))
+
+
+EPISODES = {"train_freq": (1, "episode"), "gradient_steps": -1}
+
+
+@pytest.mark.parametrize(
+    "kwargs, n_calls, left, of_the_burst", [({}, 3, 1, 3), (EPISODES, 5, 5, 5), (EPISODES, 8, 1, 3)], ids=str
+)
+def test_stopped_in_training_steps(kwargs, n_calls, left, of_the_burst, tmp_path):
+    """
+    A signal in a burst of encoder updates, or between several training steps, does not wait for their end. What is left is
+    done before anything else when training goes on, so that nothing changes.
+    """
+    env = CASES["vector-Box-1-plain"]
+
+    def model():
+        return tiny_model(make_env(*env), learning_starts=12, learning_rate=lambda p: 1e-3 * p, **kwargs)
+
+    straight = model()
+    straight.learn(TOTAL)
+    stopped = model()
+    update, calls = stopped.learner.update_encoder, []
+
+    def update_encoder(*args, **kwargs):
+        if stopped.num_timesteps == 28:
+            calls.append(args)
+            if len(calls) == n_calls:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args, **kwargs)
+
+    with mock.patch.object(stopped.learner, "update_encoder", update_encoder):
+        stopped.learn(TOTAL, callback=ResumableCheckpointCallback(1000, tmp_path))
+    assert len(calls) == n_calls
+    resumed = MRQ.resume(tmp_path, make_env(*env), device="cpu")
+    assert resumed.num_timesteps == 28
+    assert (resumed._gradient_steps_left, resumed._n_encoder_updates) == (left, of_the_burst)
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
+    assert resumed._gradient_steps_left == 0
+    assert_same(outcome(resumed), outcome(straight))
 
 
 class Recorder(gym.Wrapper):

@@ -22,6 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 import sb3_mrq.envs  # noqa: F401
 from benchmarks.evaluation import COLUMNS, EvaluationCallback, machine, versions
 from sb3_mrq import MRQ
+from sb3_mrq.precision import PRECISIONS
 
 
 def make_env(task: str) -> gym.Env:
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         default="highest",
         help="torch.set_float32_matmul_precision: medium computes float32 products in bfloat16 where that is faster",
     )
-    parser.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"], default="auto", help="see MRQ")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto", help="see MRQ")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from matplotlib.ticker import FuncFormatter
 from rliable import library, metrics
 
 from benchmarks.scales import IN_WORDS, scale_of
+from sb3_mrq.precision import PRECISIONS
 
 #: id of the environment from the name in the published files, by file
 PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-visual/{}-v0", "atari.csv": "ALE/{}"}
@@ -194,7 +195,7 @@ def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
     if "machine" not in runs:
         return []
     precisions = runs["machine"].str.split(", ").str[-1]
-    named = precisions.isin(("float32", "tf32", "bfloat16"))
+    named = precisions.isin(PRECISIONS)
     return [
         f"{precision} ({', '.join(map(str, sorted(seeds.unique())))})"
         for precision, seeds in runs["seed"][named].groupby(precisions[named])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gymnasium import spaces
 
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from sb3_mrq.mrq import MRQ
@@ -81,7 +82,7 @@ def check_hyperparameters(model: "MRQ") -> None:
         if not value > 0:
             raise ValueError(f"{name} is {value}, but must be positive.")
     for name, choices in (
-        ("precision", ("auto", "float32", "tf32", "bfloat16")),
+        ("precision", ("auto", *PRECISIONS)),
         ("compile_updates", ("auto", True, False)),
     ):
         value = getattr(model, name)

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import torch as th
 from torch import nn
 
+#: in which networks can compute; ``"auto"`` stands for one of them
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
 # Packages whose modules, but for convolutions, automatic_precision trusts with bfloat16
 KNOWN_PACKAGES = ("torch", "sb3_mrq")
 

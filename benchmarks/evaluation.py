@@ -175,6 +175,7 @@ class EvaluationCallback(BaseCallback):
     """
     Evaluate before the first step, every so many steps and at the end, append the returns to a CSV file, and stop where the
     task is solved. Where a resumed run goes on, so does its file, from the step that it was resumed at.
+    An evaluation that a signal has cut short is made then.
 
     The first evaluation has the seed that the environments come with, all others their own ones from the seed of the model, so
     that a resumed run is evaluated on the episodes that one without a break is.

@@ -569,7 +569,7 @@ class MRQ(OffPolicyAlgorithm):
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
-        if self._gradient_steps_left and not self._is_stopping:
+        if self._gradient_steps_left and not self.is_stopping:
             gradient_steps, self._gradient_steps_left = self._gradient_steps_left, 0
             self.train(gradient_steps, self.batch_size)
         complete = False
@@ -611,7 +611,7 @@ class MRQ(OffPolicyAlgorithm):
         :raises EvaluationStopped: in a callback of ``learn``, where a signal is to end training
         """
         # The signals are those of the main thread; others may go on to use the model
-        if self._in_rollout and self._is_stopping and threading.current_thread() is threading.main_thread():
+        if self._in_rollout and self.is_stopping and threading.current_thread() is threading.main_thread():
             raise EvaluationStopped
         return super().predict(observation, state, episode_start, deterministic)
 
@@ -691,7 +691,7 @@ class MRQ(OffPolicyAlgorithm):
             self._prepare_capturing(batch_size)
         for step in range(gradient_steps):
             # The first one belongs to what was stored before the signal
-            if (step > 0 and self._is_stopping) or not self._training_step(batch_size):
+            if (step > 0 and self.is_stopping) or not self._training_step(batch_size):
                 self._gradient_steps_left = gradient_steps - step
                 break
 
@@ -711,7 +711,7 @@ class MRQ(OffPolicyAlgorithm):
                 self._targets_replaced_at, self._n_encoder_updates = self._n_updates, 0
             # One that was broken off goes on where it was: its training step has not been counted
             while self._n_encoder_updates < self.target_update_interval:
-                if self._is_stopping:
+                if self.is_stopping:
                     return False
                 self._train_encoder(batch_size)
                 self._n_encoder_updates += 1
@@ -722,11 +722,6 @@ class MRQ(OffPolicyAlgorithm):
         if self._n_updates % self.METRICS_INTERVAL == 1:
             self._log_value_and_policy()
         return True
-
-    @property
-    def _is_stopping(self) -> bool:
-        """Whether a signal is to end training."""
-        return self.stop_signals is not None and self.stop_signals.received is not None
 
     def _prepare_capturing(self, batch_size: int) -> None:
         """
@@ -987,6 +982,11 @@ class MRQ(OffPolicyAlgorithm):
     def remaining_timesteps(self) -> int:
         """Steps from here to the end of the last call of ``learn``, as it was planned."""
         return max(self._total_timesteps - self.num_timesteps, 0)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal is to end training, or has just ended it."""
+        return self.stop_signals is not None and self.stop_signals.received is not None
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]

@@ -193,5 +193,5 @@ class MRQExperimentManager(ExperimentManager):
             super().learn(learner)
         except ConnectionError:
             # From closing environments whose processes Ctrl-C has ended too
-            if model.stop_signals is None or model.stop_signals.received is None:
+            if not model.is_stopping:
                 raise

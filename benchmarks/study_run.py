@@ -65,7 +65,8 @@ class StudyManager(MRQExperimentManager):
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        if model.num_timesteps < self._n_timesteps_given:
+        # After the last step, too, its evaluation or training steps may be missing
+        if model.num_timesteps < self._n_timesteps_given or (isinstance(model, MRQ) and model.is_stopping):
             # Stopped by a signal, after a checkpoint
             sys.exit("stopped before the end")
         super().save_trained_model(model)

@@ -5,61 +5,15 @@ Callbacks for :class:`~sb3_mrq.MRQ`.
 import signal
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_mrq.checkpoints import write_checkpoint
 from sb3_mrq.mrq import MRQ
-
-
-class StopSignals:
-    """
-    Context manager in which SIGTERM and SIGINT (Ctrl-C) end nothing but are noted down, in ``received``. A second Ctrl-C, a
-    second or more after the first, interrupts as usual. Outside of the main thread, where signals cannot be handled, it does
-    nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._time = 0.0
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        self.received = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            # None is one that was not installed from Python, and cannot be from here
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._handlers.clear()
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        # Some senders send twice at once, to a process and to its group
-        if self.received is not None and number == signal.SIGINT and time.monotonic() - self._time >= 1:
-            raise KeyboardInterrupt
-        if self.received is None:
-            self._time = time.monotonic()
-            self.received = signal.Signals(number)
-
-    def arrived(self, timeout: float = 1.0) -> bool:
-        """
-        :param timeout: how many seconds to wait for a signal that ended other processes and may be about to come here too
-        :return: whether one has come
-        """
-        end = time.monotonic() + timeout
-        while self._handlers and self.received is None and time.monotonic() < end:
-            time.sleep(0.05)
-        return self.received is not None
+from sb3_mrq.stopping import StopSignals
 
 
 class ResumableCheckpointCallback(BaseCallback):
@@ -72,9 +26,8 @@ class ResumableCheckpointCallback(BaseCallback):
     :class:`~sb3_mrq.checkpoints.CheckpointError`, and the checkpoints before it are left as they are.
 
     SIGTERM and Ctrl-C end training where the next rollout would begin, with a checkpoint. Calling ``learn`` then returns as if
-    it was done; ``stopped_by`` tells the signal. Where a callback evaluates the model meanwhile, or does anything else that
-    calls its ``predict``, that ends at once, and the checkpoint is without the last step of each environment. Training steps
-    that are left are put off until training goes on.
+    it was done; ``stopped_by`` tells the signal. Where a callback evaluates the model in the rollout, or does anything else
+    that calls its ``predict``, that ends at once, without a result. Training steps are put off until training goes on.
 
     :param save_freq: number of steps between checkpoints, counted as ``num_timesteps`` over all environments (not, as in SB3's
         ``CheckpointCallback``, in calls of the callback)
@@ -117,9 +70,11 @@ class ResumableCheckpointCallback(BaseCallback):
         self.stopped_by: signal.Signals | None = None
         self._signals = StopSignals()
         self._learning = False
-        self._stopping = False
-        # Steps at the last checkpoint
+        # Steps at the last checkpoint, or where training started
         self._saved_at = 0
+        # What was in it, or there was then, and whether there was one since
+        self._saved_progress: tuple[int, ...] = ()
+        self._saved = False
         # Episodes of each environment that have ended since a checkpoint was due
         self._n_ended = np.zeros(1, dtype=np.int64)
         self._warned = False
@@ -143,9 +98,9 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # In a list it has the list's parent from here on
         self._check_parent()
-        self._saved_at = self.model.num_timesteps
+        self._saved_at, self._saved_progress, self._saved = self.model.num_timesteps, self._progress, False
         self._n_ended = np.zeros(self.model.n_envs, dtype=np.int64)
-        self._learning, self._stopping, self.stopped_by = True, False, None
+        self._learning, self.stopped_by = True, None
         self.model.while_learning.callback(self._on_learn_exit)
         if self.handle_signals:
             if threading.current_thread() is not threading.main_thread():
@@ -157,10 +112,10 @@ class ResumableCheckpointCallback(BaseCallback):
         self._learning = False
 
     def _on_rollout_start(self) -> None:
-        # The only place where everything is stored and trained on
+        # The only place where everything is stored and trained on, or put off. Training ends here where it is to, and other
+        # callbacks may have much to do at its end.
         if self._signals.received is not None:
             self._save()
-            self._stopping = True
         elif self._is_due:
             assert self.model.replay_buffer is not None
             if self.model.replay_buffer.between_episodes or not self.at_episode_end:
@@ -172,6 +127,10 @@ class ResumableCheckpointCallback(BaseCallback):
     @property
     def _is_due(self) -> bool:
         return self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq
+
+    @property
+    def _progress(self) -> tuple[int, ...]:
+        return self.model.num_timesteps, self.model._n_updates, self.model._n_encoder_updates
 
     def _warn_of_cut_episodes(self) -> None:
         if not self._warned:
@@ -186,13 +145,13 @@ class ResumableCheckpointCallback(BaseCallback):
         # The transition of this step is not stored yet
         if self.at_episode_end and self._is_due:
             self._n_ended += self.locals["dones"]
-        return not self._stopping
+        return True
 
     def _on_training_end(self) -> None:
         # rl-zoo3 calls this a second time, also where an error or Ctrl-C came in the middle of an update
         if not self._learning:
             return
-        if not self._stopping and self._saved_at != self.model.num_timesteps:
+        if self._saved_progress != self._progress or (self._signals.received is not None and not self._saved):
             self._save()
         self.stopped_by = self._signals.received
         if self.stopped_by is not None:
@@ -201,7 +160,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def _save(self) -> None:
         assert self.save_path is not None
         path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
-        self._saved_at = self.model.num_timesteps
+        self._saved_at, self._saved_progress, self._saved = self.model.num_timesteps, self._progress, True
         self._n_ended[:] = 0
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")

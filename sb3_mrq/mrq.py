@@ -10,7 +10,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -50,23 +50,12 @@ from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 from sb3_mrq.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.replay_files import load_replay_buffer, other_buffer_error, save_replay_buffer
-
-if TYPE_CHECKING:
-    from sb3_mrq.callbacks import StopSignals
-
+from sb3_mrq.stopping import EvaluationStopped, StoppableCallbacks, StopSignals
 
 SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
 
 # Among the parameters of a model
 REWARD_SCALES = "reward_scales"
-
-
-class EvaluationStopped(KeyboardInterrupt):
-    """
-    What ``predict`` raises in a callback of ``learn`` where a signal is to end training, see
-    :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback`: what it is called for, such as an evaluation, may take longer than
-    there is time for a checkpoint.
-    """
 
 
 class MRQ(OffPolicyAlgorithm):
@@ -252,8 +241,8 @@ class MRQ(OffPolicyAlgorithm):
         # Training step before which that was, and encoder updates since, of those that belong to it
         self._targets_replaced_at: int | None = None
         self._n_encoder_updates = 0
-        # Training steps that a signal has put off, until training goes on
-        self._gradient_steps_left = 0
+        # Training steps still to be done: outside of train those that a signal, Ctrl-C or an error has kept from being done
+        self.gradient_steps_left = 0
 
         # Of checkpoints: which run they are of, the names of those that resuming passed over, and what else there was in the
         # one that this model was resumed from, until it learns
@@ -263,7 +252,7 @@ class MRQ(OffPolicyAlgorithm):
         self.resumed_compiled: bool | None = None
         # Where a callback watches for signals
         self.stop_signals: StopSignals | None = None
-        self._in_rollout = False
+        self.in_rollout_callback = False
         # Steps that the environments had made when learning ended, None where that is not known
         self._env_steps: list[int] | None = None
 
@@ -565,20 +554,21 @@ class MRQ(OffPolicyAlgorithm):
             "The replay buffer holds what came before."
         )
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        return StoppableCallbacks(super()._init_callback(callback, progress_bar), self)
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
-        if self._gradient_steps_left and not self.is_stopping:
-            gradient_steps, self._gradient_steps_left = self._gradient_steps_left, 0
-            self.train(gradient_steps, self.batch_size)
+        if self._stop_pending:
+            # This is where a checkpoint is made
+            callback.on_rollout_start()
+            return RolloutReturn(0, 0, continue_training=False)
         complete = False
-        self._in_rollout = True
         try:
-            rollout = super().collect_rollouts(*args, **kwargs)
+            rollout = super().collect_rollouts(env, callback, *args, **kwargs)
             complete = rollout.continue_training
-        except EvaluationStopped:
-            rollout = RolloutReturn(0, 0, continue_training=False)
         except (EOFError, ConnectionError) as error:
             if self.stop_signals is None or not self.stop_signals.arrived():
                 explain_dead_worker(self.env, error, self.num_timesteps)
@@ -586,7 +576,6 @@ class MRQ(OffPolicyAlgorithm):
             # Ctrl-C reaches the processes of the environments as well, which are gone now
             rollout = RolloutReturn(0, 0, continue_training=False)
         finally:
-            self._in_rollout = False
             if not complete:
                 # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,
                 # not from an observation that is past.
@@ -608,10 +597,10 @@ class MRQ(OffPolicyAlgorithm):
         :param episode_start: of no effect, likewise
         :param deterministic: Whether to return the best action, or to sample discrete actions; Box actions are the same
         :return: the model's action, and ``state``
-        :raises EvaluationStopped: in a callback of ``learn``, where a signal is to end training
+        :raises EvaluationStopped: in what callbacks do in a rollout, where a signal is to end training
         """
         # The signals are those of the main thread; others may go on to use the model
-        if self._in_rollout and self.is_stopping and threading.current_thread() is threading.main_thread():
+        if self.in_rollout_callback and self._stop_pending and threading.current_thread() is threading.main_thread():
             raise EvaluationStopped
         return super().predict(observation, state, episode_start, deterministic)
 
@@ -666,7 +655,8 @@ class MRQ(OffPolicyAlgorithm):
         ``target_update_interval``-th, the targets are replaced, the reward scale is renewed, and as many encoder updates are
         done. While no transition can be sampled nothing is done.
 
-        Where a signal is to end training, what is left is put off until training goes on.
+        Where a signal is to end training, they are put off until training goes on: done before those of the next call. Those
+        that an error or Ctrl-C has kept from being done are, too.
 
         :param gradient_steps: How many training steps to do
         :param batch_size: sub-trajectories of an encoder update, transitions of a value and policy update
@@ -682,18 +672,16 @@ class MRQ(OffPolicyAlgorithm):
         update_learning_rate(self.encoder.optimizer, encoder_learning_rate)
         self.logger.record("train/encoder_learning_rate", encoder_learning_rate)
 
+        self.gradient_steps_left += gradient_steps
         # Where the first episode is shorter than the horizon there is nothing yet
         if self.replay_buffer.n_sampleable == 0:
-            gradient_steps = 0
-        if gradient_steps > 0:
+            self.gradient_steps_left = 0
+        if self.gradient_steps_left > 0 and not self._stop_pending:
             self.learner.hyperparameters = self._learner_hyperparameters()
             self._set_scalars()
             self._prepare_capturing(batch_size)
-        for step in range(gradient_steps):
-            # The first one belongs to what was stored before the signal
-            if (step > 0 and self.is_stopping) or not self._training_step(batch_size):
-                self._gradient_steps_left = gradient_steps - step
-                break
+        while self.gradient_steps_left > 0 and not self._stop_pending and self._training_step(batch_size):
+            self.gradient_steps_left -= 1
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -711,7 +699,7 @@ class MRQ(OffPolicyAlgorithm):
                 self._targets_replaced_at, self._n_encoder_updates = self._n_updates, 0
             # One that was broken off goes on where it was: its training step has not been counted
             while self._n_encoder_updates < self.target_update_interval:
-                if self.is_stopping:
+                if self._stop_pending:
                     return False
                 self._train_encoder(batch_size)
                 self._n_encoder_updates += 1
@@ -988,6 +976,10 @@ class MRQ(OffPolicyAlgorithm):
         """Whether a signal is to end training, or has just ended it."""
         return self.stop_signals is not None and self.stop_signals.received is not None
 
+    @property
+    def _stop_pending(self) -> bool:
+        return self.stop_signals is not None and self.stop_signals.pending
+
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
         on_device = ["_encoder_metrics", "_value_policy_metrics", "_scalars", "_device_training", "_may_capture"]
@@ -997,7 +989,7 @@ class MRQ(OffPolicyAlgorithm):
             "resumed_generators",
             "resumed_compiled",
             "stop_signals",
-            "_in_rollout",
+            "in_rollout_callback",
             "automatic_precision",
             "updates_before",
             "while_learning",

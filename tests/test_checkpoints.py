@@ -492,12 +492,12 @@ def test_signal(number, tmp_path):
     assert steps(tmp_path) == [15]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
-    # The transition during which the signal came is stored and learned from
-    assert resumed.replay_buffer.size() == 15 and resumed._n_updates == 5
+    # The transition during which the signal came is stored, and learned from now
+    assert resumed.replay_buffer.size() == 15 and resumed._n_updates == 4
     assert resumed.remaining_timesteps == 85
     learn(resumed, tmp_path, 5)
     # Nothing is left of the signal
-    assert resumed.num_timesteps == 20
+    assert resumed.num_timesteps == 20 and resumed._n_updates == 10
 
 
 class KillsIn(SpaceEnv):
@@ -516,8 +516,8 @@ class KillsIn(SpaceEnv):
 
 def test_signal_in_an_evaluation(tmp_path):
     """
-    It ends at once, as there may be no time to finish it. The transition that it came after is lost. Other threads, in which
-    nobody asked for an end, go on to use the model.
+    It ends at once, as there may be no time to finish it. Other threads, in which nobody asked for an end, go on to use the
+    model.
     """
     model = tiny_model(SpaceEnv())
     observation = model.observation_space.sample()
@@ -545,12 +545,30 @@ def test_signal_in_an_evaluation(tmp_path):
     assert env.n_steps == 3 and len(elsewhere) == 2
     assert callback.stopped_by == signal.SIGTERM and steps(tmp_path) == [15]
     resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
-    assert resumed.replay_buffer.size() == 14 and resumed._n_updates == 4
+    assert resumed.replay_buffer.size() == 15 and resumed._n_updates == 4
     assert resumed.remaining_timesteps == 85
     for after in (resumed, model):
         after.predict(observation)
         after.learn(5, reset_num_timesteps=False)
-        assert after.num_timesteps == 20
+        assert after.num_timesteps == 20 and after._n_updates == 10
+
+
+def test_signal_where_the_environment_predicts(tmp_path):
+    """As where an agent plays against itself: the step is completed."""
+    played = []
+
+    class SelfPlay(SpaceEnv):
+        def step(self, action):
+            played.append(model.predict(model.observation_space.sample()))
+            if len(played) == 15:
+                os.kill(os.getpid(), signal.SIGTERM)
+                played.append(model.predict(model.observation_space.sample()))
+            return super().step(action)
+
+    model = tiny_model(SelfPlay())
+    learn(model, tmp_path, 100, 1000)
+    assert model.num_timesteps == 15 and len(played) == 16
+    assert steps(tmp_path) == [15]
 
 
 def test_handlers_are_restored_after_an_error(tmp_path):

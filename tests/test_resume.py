@@ -11,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +19,7 @@ import torch as th
 from envs import BOX, IMAGE, VECTOR, SpaceEnv, SwingEnv, policy_for, tiny_model
 from gymnasium import spaces
 from helpers import NETWORKS, snapshot
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
@@ -179,40 +179,141 @@ def test_not_the_same_without_what_is_restored(tmp_path):
 EPISODES = {"train_freq": (1, "episode"), "gradient_steps": -1}
 
 
-@pytest.mark.parametrize(
-    "kwargs, n_calls, left, of_the_burst", [({}, 3, 1, 3), (EPISODES, 5, 5, 5), (EPISODES, 8, 1, 3)], ids=str
-)
-def test_stopped_in_training_steps(kwargs, n_calls, left, of_the_burst, tmp_path):
-    """
-    A signal in a burst of encoder updates, or between several training steps, does not wait for their end. What is left is
-    done before anything else when training goes on, so that nothing changes.
-    """
-    env = CASES["vector-Box-1-plain"]
+def small_model(**kwargs):
+    """With an environment whose episodes have seven steps."""
+    env = make_env(*CASES["vector-Box-1-plain"])
+    return tiny_model(env, learning_starts=12, learning_rate=lambda p: 1e-3 * p, **kwargs)
 
-    def model():
-        return tiny_model(make_env(*env), learning_starts=12, learning_rate=lambda p: 1e-3 * p, **kwargs)
 
-    straight = model()
-    straight.learn(TOTAL)
-    stopped = model()
-    update, calls = stopped.learner.update_encoder, []
+def resume_to_the_end(folder, **kwargs):
+    resumed = MRQ.resume(folder, make_env(*CASES["vector-Box-1-plain"]), device="cpu")
+    return resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False, **kwargs)
 
-    def update_encoder(*args, **kwargs):
-        if stopped.num_timesteps == 28:
+
+def signal_in_call(monkeypatch, learner, name, when, n_calls):
+    """SIGTERM in a call of an update of the learner, counted from 1 among those for which ``when()``."""
+    update, calls = getattr(learner, name), []
+
+    def update_with_signal(*args, **kwargs):
+        if when():
             calls.append(args)
             if len(calls) == n_calls:
                 os.kill(os.getpid(), signal.SIGTERM)
         return update(*args, **kwargs)
 
-    with mock.patch.object(stopped.learner, "update_encoder", update_encoder):
-        stopped.learn(TOTAL, callback=ResumableCheckpointCallback(1000, tmp_path))
+    monkeypatch.setattr(learner, name, update_with_signal)
+    return calls
+
+
+@pytest.mark.parametrize("total", [28, TOTAL], ids=["last", "not the last"])
+@pytest.mark.parametrize(
+    "kwargs, n_calls, left, of_the_burst", [({}, 3, 1, 3), (EPISODES, 5, 5, 5), (EPISODES, 8, 1, 3)], ids=str
+)
+def test_stopped_in_training_steps(kwargs, n_calls, left, of_the_burst, total, tmp_path, monkeypatch):
+    """
+    A signal in a burst of encoder updates, or between several training steps, does not wait for their end. What is left is
+    done before anything else when training goes on, so that nothing changes; also where there is nothing else to do.
+    """
+    straight = small_model(**kwargs)
+    straight.learn(total)
+    stopped = small_model(**kwargs)
+    calls = signal_in_call(monkeypatch, stopped.learner, "update_encoder", lambda: stopped.num_timesteps == 28, n_calls)
+    stopped.learn(total, callback=ResumableCheckpointCallback(1000, tmp_path))
     assert len(calls) == n_calls
-    resumed = MRQ.resume(tmp_path, make_env(*env), device="cpu")
+    (checkpoint,) = list_checkpoints(tmp_path)
+    resumed = MRQ.resume(checkpoint.path, make_env(*CASES["vector-Box-1-plain"]), device="cpu")
     assert resumed.num_timesteps == 28
-    assert (resumed._gradient_steps_left, resumed._n_encoder_updates) == (left, of_the_burst)
-    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
-    assert resumed._gradient_steps_left == 0
-    assert_same(outcome(resumed), outcome(straight))
+    assert (resumed.gradient_steps_left, resumed._n_encoder_updates) == (left, of_the_burst)
+    # A signal at once puts them off again, and there is a checkpoint of this, too
+    signal_in_call(monkeypatch, resumed.learner, "update_value_and_policy", lambda: True, 1)
+    callback = ResumableCheckpointCallback(1000, tmp_path, keep_last=None)
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False, callback=callback)
+    assert callback.stopped_by == signal.SIGTERM and resumed.gradient_steps_left == left - 1
+    assert [c.num_timesteps for c in list_checkpoints(tmp_path)] == [28, 28]
+    finished = resume_to_the_end(tmp_path)
+    assert finished.gradient_steps_left == 0
+    assert_same(outcome(finished), outcome(straight))
+
+
+class SignalInEvaluation(BaseCallback):
+    """SIGTERM while a callback evaluates the model."""
+
+    def __init__(self, event, at_step):
+        super().__init__()
+        self.at, self.finished = (event, at_step), False
+
+    def evaluate(self, event):
+        if (event, self.model.num_timesteps) == self.at:
+            observation = self.model.observation_space.sample()
+            self.model.predict(observation)
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.model.predict(observation)
+            self.finished = True
+
+    def _on_rollout_start(self):
+        self.evaluate("rollout start")
+
+    def _on_step(self):
+        self.evaluate("step")
+        return True
+
+    def _on_rollout_end(self):
+        self.evaluate("rollout end")
+
+
+ORDER = pytest.mark.parametrize("first", [True, False], ids=["evaluation first", "checkpoints first"])
+
+
+def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
+    evaluation, checkpoints = SignalInEvaluation(event, at_step), ResumableCheckpointCallback(1000, folder)
+    model = small_model(**kwargs)
+    model.learn(total, callback=[evaluation, checkpoints] if first else [checkpoints, evaluation])
+    assert not evaluation.finished
+    assert checkpoints.stopped_by == signal.SIGTERM and model.num_timesteps == model.replay_buffer.size()
+    assert [c.num_timesteps for c in list_checkpoints(folder)] == [model.num_timesteps]
+    return model
+
+
+@ORDER
+@pytest.mark.parametrize("event", ["step", "rollout end"])
+@pytest.mark.parametrize("total", [28, TOTAL], ids=["last", "not the last"])
+@pytest.mark.parametrize("kwargs", [{}, {"train_freq": 14, "gradient_steps": 14}, EPISODES], ids=str)
+def test_stopped_in_an_evaluation(kwargs, total, event, first, tmp_path):
+    """Nothing but the evaluation is lost: what was collected is stored, and learned from when training goes on."""
+    straight = small_model(**kwargs).learn(total)
+    model = stop_in_an_evaluation(event, 28, first, total, tmp_path, **kwargs)
+    assert model.num_timesteps == 28 and model.gradient_steps_left > 0
+    assert_same(outcome(resume_to_the_end(tmp_path)), outcome(straight))
+
+
+@ORDER
+@pytest.mark.parametrize("at_step", [0, 28])
+def test_stopped_in_an_evaluation_before_a_rollout(at_step, first, tmp_path):
+    """There are one more step, and a checkpoint, also where there was nothing yet."""
+    model = stop_in_an_evaluation("rollout start", at_step, first, TOTAL, tmp_path)
+    assert model.num_timesteps == at_step + 1
+    assert resume_to_the_end(tmp_path).num_timesteps == TOTAL
+
+
+def test_training_steps_of_callbacks_are_put_off_too(tmp_path, monkeypatch):
+    class TrainsMore(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            if self.num_timesteps == 28:
+                self.model.train(20, self.model.batch_size)
+
+    straight = small_model().learn(TOTAL, callback=TrainsMore())
+    stopped = small_model()
+    signal_in_call(monkeypatch, stopped.learner, "update_value_and_policy", lambda: stopped.num_timesteps == 28, 3)
+    stopped.learn(TOTAL, callback=[ResumableCheckpointCallback(1000, tmp_path), TrainsMore()])
+    assert stopped.gradient_steps_left == 18
+    # Once learn has ended training steps are what they always are
+    left, before = stopped.gradient_steps_left, stopped._n_updates
+    stopped.train(2, stopped.batch_size)
+    assert stopped.gradient_steps_left == 0 and stopped._n_updates == before + left + 2
+    assert_same(outcome(resume_to_the_end(tmp_path)), outcome(straight))
 
 
 class Recorder(gym.Wrapper):

@@ -177,7 +177,7 @@ class TestStudy:
     def test_goes_on_where_it_was_broken_off(self, tmp_path, monkeypatch):
         """A run of MRQ that is killed goes on from its last checkpoint, and its evaluations do too."""
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
-        monkeypatch.setattr(study.Run, "command", breaking_off(study.Run.command))
+        monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, KILLED))
         assert "exit status 9" in study.execute(run)
         assert run.can_go_on() and not run.finished()
         evaluations = run.folder / "evaluations.csv"
@@ -195,6 +195,15 @@ class TestStudy:
         assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
         assert not run.can_go_on()
+
+    def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
+        run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
+        monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
+        assert study.execute(run) is not None
+        assert run.can_go_on() and not run.finished()
+        assert study.execute(run) is None and run.finished()
+        rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
+        assert [row["timesteps"] for row in rows] == ["0", "20", "40"]
 
     def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
         runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
@@ -405,16 +414,28 @@ class TestEnds:
                 signal.signal(number, handler)
 
 
-def breaking_off(command):
-    """Commands of runs with a checkpoint every ten steps, the first of which is killed by the 31st step."""
-    code = (
-        "import os, sys, benchmarks.study_run as run; from sb3_mrq import MRQ\n"
-        "run.CHECKPOINT_FREQ, store = 10, MRQ._store_transition\n"
-        "def dying(self, *args):\n"
-        "    if self.num_timesteps == 31 and '--trained-agent' not in sys.argv: os._exit(9)\n"
-        "    store(self, *args)\n"
-        "MRQ._store_transition = dying; run.main()"
-    )
+# A checkpoint every ten steps; the first process of the run is killed by the 31st step
+KILLED = """
+import os, sys, benchmarks.study_run as run; from sb3_mrq import MRQ
+run.CHECKPOINT_FREQ, store = 10, MRQ._store_transition
+def dying(self, *args):
+    if self.num_timesteps == 31 and '--trained-agent' not in sys.argv: os._exit(9)
+    store(self, *args)
+MRQ._store_transition = dying; run.main()
+"""
+# SIGTERM comes to the first process of the run in its last evaluation
+TERMINATED_AT_THE_END = """
+import os, signal, sys, benchmarks.study_run as run; from sb3_mrq import MRQ
+predict = MRQ.predict
+def dying(self, *args, **kwargs):
+    if self.num_timesteps == 40 and '--trained-agent' not in sys.argv: os.kill(os.getpid(), signal.SIGTERM)
+    return predict(self, *args, **kwargs)
+MRQ.predict = dying; run.main()
+"""
+
+
+def running_code(command, code):
+    """Commands of runs that run this code instead of their module."""
 
     def changed(run):
         python, _, _, *arguments = command(run)

@@ -70,10 +70,8 @@ class ResumableCheckpointCallback(BaseCallback):
         self.stopped_by: signal.Signals | None = None
         self._signals = StopSignals()
         self._learning = False
-        # Steps at the last checkpoint, or where training started
-        self._saved_at = 0
-        # What was in it, or there was then, and whether there was one since
-        self._saved_progress: tuple[int, ...] = ()
+        # At the last checkpoint, or where training started, and whether there was a checkpoint since
+        self._saved_progress = (0, 0, 0)
         self._saved = False
         # Episodes of each environment that have ended since a checkpoint was due
         self._n_ended = np.zeros(1, dtype=np.int64)
@@ -98,7 +96,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # In a list it has the list's parent from here on
         self._check_parent()
-        self._saved_at, self._saved_progress, self._saved = self.model.num_timesteps, self._progress, False
+        self._saved_progress, self._saved = self._progress, False
         self._n_ended = np.zeros(self.model.n_envs, dtype=np.int64)
         self._learning, self.stopped_by = True, None
         self.model.while_learning.callback(self._on_learn_exit)
@@ -126,10 +124,11 @@ class ResumableCheckpointCallback(BaseCallback):
 
     @property
     def _is_due(self) -> bool:
-        return self.model.num_timesteps // self.save_freq > self._saved_at // self.save_freq
+        return self.model.num_timesteps // self.save_freq > self._saved_progress[0] // self.save_freq
 
     @property
-    def _progress(self) -> tuple[int, ...]:
+    def _progress(self) -> tuple[int, int, int]:
+        """Steps, training steps, and encoder updates of the present burst."""
         return self.model.num_timesteps, self.model._n_updates, self.model._n_encoder_updates
 
     def _warn_of_cut_episodes(self) -> None:
@@ -160,7 +159,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def _save(self) -> None:
         assert self.save_path is not None
         path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
-        self._saved_at, self._saved_progress, self._saved = self.model.num_timesteps, self._progress, True
+        self._saved_progress, self._saved = self._progress, True
         self._n_ended[:] = 0
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")

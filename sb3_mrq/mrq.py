@@ -250,8 +250,8 @@ class MRQ(OffPolicyAlgorithm):
         self.damaged_checkpoints: list[str] = []
         self.resumed_generators: dict[str, Any] | None = None
         self.resumed_compiled: bool | None = None
-        # Where a callback watches for signals
-        self.stop_signals: StopSignals | None = None
+        # Watched by a callback, if at all
+        self.stop_signals = StopSignals()
         self.in_rollout_callback = False
         # Steps that the environments had made when learning ended, None where that is not known
         self._env_steps: list[int] | None = None
@@ -561,7 +561,7 @@ class MRQ(OffPolicyAlgorithm):
         """
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
-        if self._stop_pending:
+        if self.stop_signals.pending:
             # This is where a checkpoint is made
             callback.on_rollout_start()
             return RolloutReturn(0, 0, continue_training=False)
@@ -570,7 +570,7 @@ class MRQ(OffPolicyAlgorithm):
             rollout = super().collect_rollouts(env, callback, *args, **kwargs)
             complete = rollout.continue_training
         except (EOFError, ConnectionError) as error:
-            if self.stop_signals is None or not self.stop_signals.arrived():
+            if not self.stop_signals.arrived():
                 explain_dead_worker(self.env, error, self.num_timesteps)
                 raise
             # Ctrl-C reaches the processes of the environments as well, which are gone now
@@ -600,7 +600,7 @@ class MRQ(OffPolicyAlgorithm):
         :raises EvaluationStopped: in what callbacks do in a rollout, where a signal is to end training
         """
         # The signals are those of the main thread; others may go on to use the model
-        if self.in_rollout_callback and self._stop_pending and threading.current_thread() is threading.main_thread():
+        if self.in_rollout_callback and self.stop_signals.pending and threading.current_thread() is threading.main_thread():
             raise EvaluationStopped
         return super().predict(observation, state, episode_start, deterministic)
 
@@ -676,11 +676,11 @@ class MRQ(OffPolicyAlgorithm):
         # Where the first episode is shorter than the horizon there is nothing yet
         if self.replay_buffer.n_sampleable == 0:
             self.gradient_steps_left = 0
-        if self.gradient_steps_left > 0 and not self._stop_pending:
+        if self.gradient_steps_left > 0 and not self.stop_signals.pending:
             self.learner.hyperparameters = self._learner_hyperparameters()
             self._set_scalars()
             self._prepare_capturing(batch_size)
-        while self.gradient_steps_left > 0 and not self._stop_pending and self._training_step(batch_size):
+        while self.gradient_steps_left > 0 and not self.stop_signals.pending and self._training_step(batch_size):
             self.gradient_steps_left -= 1
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -699,7 +699,7 @@ class MRQ(OffPolicyAlgorithm):
                 self._targets_replaced_at, self._n_encoder_updates = self._n_updates, 0
             # One that was broken off goes on where it was: its training step has not been counted
             while self._n_encoder_updates < self.target_update_interval:
-                if self._stop_pending:
+                if self.stop_signals.pending:
                     return False
                 self._train_encoder(batch_size)
                 self._n_encoder_updates += 1
@@ -917,7 +917,7 @@ class MRQ(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfMRQ:
-        self.stop_signals = None
+        self.stop_signals = StopSignals()
         with contextlib.ExitStack() as self.while_learning:
             super().learn(
                 total_timesteps=total_timesteps,
@@ -974,11 +974,7 @@ class MRQ(OffPolicyAlgorithm):
     @property
     def is_stopping(self) -> bool:
         """Whether a signal is to end training, or has just ended it."""
-        return self.stop_signals is not None and self.stop_signals.received is not None
-
-    @property
-    def _stop_pending(self) -> bool:
-        return self.stop_signals is not None and self.stop_signals.pending
+        return self.stop_signals.received is not None
 
     def _excluded_save_params(self) -> list[str]:
         networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]

@@ -61,8 +61,8 @@ def make_env(observation, action, n_envs, kind):
     return env
 
 
-def make_model(env, observation, kind):
-    kwargs = {"learning_starts": 30 if kind == "warm-up" else 12, "min_td_error": 1e-3}
+def make_model(env, observation, kind, **kwargs):
+    kwargs |= {"learning_starts": 30 if kind == "warm-up" else 12, "min_td_error": 1e-3}
     if kind == "noise":
         kwargs["action_noise"] = OrnsteinUhlenbeckActionNoise(np.zeros(2), 0.1 * np.ones(2))
     if kind == "episodes":
@@ -179,15 +179,18 @@ def test_not_the_same_without_what_is_restored(tmp_path):
 EPISODES = {"train_freq": (1, "episode"), "gradient_steps": -1}
 
 
-def small_model(**kwargs):
-    """With an environment whose episodes have seven steps."""
-    env = make_env(*CASES["vector-Box-1-plain"])
-    return tiny_model(env, learning_starts=12, learning_rate=lambda p: 1e-3 * p, **kwargs)
+def plain_env():
+    """Whose episodes have seven steps."""
+    return make_env(*CASES["vector-Box-1-plain"])
 
 
-def resume_to_the_end(folder, **kwargs):
-    resumed = MRQ.resume(folder, make_env(*CASES["vector-Box-1-plain"]), device="cpu")
-    return resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False, **kwargs)
+def plain_model(**kwargs):
+    return make_model(plain_env(), "vector", "plain", **kwargs)
+
+
+def resume_to_the_end(folder):
+    resumed = MRQ.resume(folder, plain_env(), device="cpu")
+    return resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
 
 
 def signal_in_call(monkeypatch, learner, name, when, n_calls):
@@ -214,14 +217,14 @@ def test_stopped_in_training_steps(kwargs, n_calls, left, of_the_burst, total, t
     A signal in a burst of encoder updates, or between several training steps, does not wait for their end. What is left is
     done before anything else when training goes on, so that nothing changes; also where there is nothing else to do.
     """
-    straight = small_model(**kwargs)
+    straight = plain_model(**kwargs)
     straight.learn(total)
-    stopped = small_model(**kwargs)
+    stopped = plain_model(**kwargs)
     calls = signal_in_call(monkeypatch, stopped.learner, "update_encoder", lambda: stopped.num_timesteps == 28, n_calls)
     stopped.learn(total, callback=ResumableCheckpointCallback(1000, tmp_path))
     assert len(calls) == n_calls
     (checkpoint,) = list_checkpoints(tmp_path)
-    resumed = MRQ.resume(checkpoint.path, make_env(*CASES["vector-Box-1-plain"]), device="cpu")
+    resumed = MRQ.resume(checkpoint.path, plain_env(), device="cpu")
     assert resumed.num_timesteps == 28
     assert (resumed.gradient_steps_left, resumed._n_encoder_updates) == (left, of_the_burst)
     # A signal at once puts them off again, and there is a checkpoint of this, too
@@ -266,7 +269,7 @@ ORDER = pytest.mark.parametrize("first", [True, False], ids=["evaluation first",
 
 def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
     evaluation, checkpoints = SignalInEvaluation(event, at_step), ResumableCheckpointCallback(1000, folder)
-    model = small_model(**kwargs)
+    model = plain_model(**kwargs)
     model.learn(total, callback=[evaluation, checkpoints] if first else [checkpoints, evaluation])
     assert not evaluation.finished
     assert checkpoints.stopped_by == signal.SIGTERM and model.num_timesteps == model.replay_buffer.size()
@@ -280,7 +283,7 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
 @pytest.mark.parametrize("kwargs", [{}, {"train_freq": 14, "gradient_steps": 14}, EPISODES], ids=str)
 def test_stopped_in_an_evaluation(kwargs, total, event, first, tmp_path):
     """Nothing but the evaluation is lost: what was collected is stored, and learned from when training goes on."""
-    straight = small_model(**kwargs).learn(total)
+    straight = plain_model(**kwargs).learn(total)
     model = stop_in_an_evaluation(event, 28, first, total, tmp_path, **kwargs)
     assert model.num_timesteps == 28 and model.gradient_steps_left > 0
     assert_same(outcome(resume_to_the_end(tmp_path)), outcome(straight))
@@ -304,8 +307,8 @@ def test_training_steps_of_callbacks_are_put_off_too(tmp_path, monkeypatch):
             if self.num_timesteps == 28:
                 self.model.train(20, self.model.batch_size)
 
-    straight = small_model().learn(TOTAL, callback=TrainsMore())
-    stopped = small_model()
+    straight = plain_model().learn(TOTAL, callback=TrainsMore())
+    stopped = plain_model()
     signal_in_call(monkeypatch, stopped.learner, "update_value_and_policy", lambda: stopped.num_timesteps == 28, 3)
     stopped.learn(TOTAL, callback=[ResumableCheckpointCallback(1000, tmp_path), TrainsMore()])
     assert stopped.gradient_steps_left == 18

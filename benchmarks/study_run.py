@@ -31,9 +31,9 @@ from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
 # Steps between two checkpoints, from which a run of mrq goes on that was broken off. Each holds the whole replay buffer, which
-# is of several gigabytes where observations are images.
+# grows to several gigabytes where observations are images: there are no more than ten of these in a run.
 CHECKPOINT_FREQ = 5_000
-CHECKPOINT_FREQ_IMAGES = 50_000
+CHECKPOINTS_WITH_IMAGES = 10
 
 
 class StudyManager(MRQExperimentManager):
@@ -52,7 +52,7 @@ class StudyManager(MRQExperimentManager):
         if ExperimentManager.is_atari(self.env_name.gym_id):
             env = papers_atari(env, self.seed)
         if self.algo == "mrq":
-            freq = checkpoint_freq(env.observation_space)
+            freq = checkpoint_freq(env.observation_space, self.n_timesteps)
             self.callbacks.append(ResumableCheckpointCallback(freq, self.folder / CHECKPOINTS, keep_last=2))
         self.callbacks.append(
             EvaluationCallback(
@@ -80,13 +80,14 @@ class StudyManager(MRQExperimentManager):
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
 
 
-def checkpoint_freq(observation_space: spaces.Space) -> int:
+def checkpoint_freq(observation_space: spaces.Space, steps: int) -> int:
     """
     :param observation_space: of the environment
+    :param steps: of the whole run
     :return: steps between two checkpoints
     """
     images = any(map(is_image_space, subspaces_of(observation_space).values()))
-    return CHECKPOINT_FREQ_IMAGES if images else CHECKPOINT_FREQ
+    return max(CHECKPOINT_FREQ, steps // CHECKPOINTS_WITH_IMAGES) if images else CHECKPOINT_FREQ
 
 
 def recorded_versions(folder: Path) -> list[str]:

@@ -31,9 +31,9 @@ from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
 # Steps between two checkpoints, from which a run of mrq goes on that was broken off. Each holds the whole replay buffer, which
-# grows to several gigabytes where observations are images: there are no more than ten of these in a run.
+# grows to several gigabytes where observations are images: with these it is a tenth of a run, within the two bounds.
 CHECKPOINT_FREQ = 5_000
-CHECKPOINTS_WITH_IMAGES = 10
+CHECKPOINT_FREQ_IMAGES = 50_000
 
 
 class StudyManager(MRQExperimentManager):
@@ -87,7 +87,7 @@ def checkpoint_freq(observation_space: spaces.Space, steps: int) -> int:
     :return: steps between two checkpoints
     """
     images = any(map(is_image_space, subspaces_of(observation_space).values()))
-    return max(CHECKPOINT_FREQ, steps // CHECKPOINTS_WITH_IMAGES) if images else CHECKPOINT_FREQ
+    return min(max(CHECKPOINT_FREQ, steps // 10), CHECKPOINT_FREQ_IMAGES) if images else CHECKPOINT_FREQ
 
 
 def recorded_versions(folder: Path) -> list[str]:

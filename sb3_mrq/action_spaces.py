@@ -7,6 +7,8 @@ An action exists in three forms: the policy's pre-activation u (B, A), the vecto
 stored form (B, action_dim) of the replay buffer and of SB3's policies: a itself for Box, the integers of the space otherwise.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -76,22 +78,36 @@ class BoxActions:
         """
         return (action + (std * noise).clamp(-clip, clip)).clamp(-1, 1)
 
-    def explore(self, pre_activation: th.Tensor, std: float | th.Tensor) -> th.Tensor:
+    def add_noise(self, action: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """
-        :param pre_activation: u, (B, A)
-        :param std: standard deviation of the exploration noise
-        :return: stored form of the action to take where transitions are collected, (B, A)
+        Exploration noise.
+
+        :param action: (B, A)
+        :param std: standard deviation of the noise
+        :return: a + noise in [-1, 1], (B, A)
         """
-        action = th.tanh(pre_activation)
         return (action + std * th.randn_like(action)).clamp(-1, 1)
 
-    def act(self, pre_activation: th.Tensor, deterministic: bool) -> th.Tensor:
+    def decode(self, action: th.Tensor) -> th.Tensor:
         """
-        :param pre_activation: u, (B, A)
-        :param deterministic: not used, the policy is deterministic
-        :return: stored form of the action without exploration, (B, A)
+        :param action: action vector, (B, A)
+        :return: its stored form, the same
         """
-        return th.tanh(pre_activation)
+        return action
+
+
+class Constants(NamedTuple):
+    """
+    What the conversions of discrete actions compute with, on one device.
+
+    :param starts: smallest value of each dimension, (D,)
+    :param offsets: first column of each dimension in the action vector, (D,)
+    :param table_index: position of each column in a (D, max_size) table with one row for each dimension, (A,)
+    """
+
+    starts: th.Tensor
+    offsets: th.Tensor
+    table_index: th.Tensor
 
 
 class CategoricalActions:
@@ -121,34 +137,36 @@ class CategoricalActions:
         self.dim = sum(sizes)
         self.n_dimensions = len(sizes)
         self.max_size = max(sizes)
-        self.starts = th.tensor(starts)
-        # First column of each dimension in the action vector
-        self.offsets = th.tensor([0, *sizes[:-1]]).cumsum(0)
-        # Where each column stands in a (D, max_size) table with one row for each dimension
-        self.table_index = th.cat([row * self.max_size + th.arange(size) for row, size in enumerate(sizes)])
+        offsets = th.tensor([0, *sizes[:-1]]).cumsum(0)
+        table_index = th.cat([row * self.max_size + th.arange(size) for row, size in enumerate(sizes)])
+        self._on_device = {th.device("cpu"): Constants(th.tensor(starts), offsets, table_index)}
 
-    def _to(self, device: th.device) -> None:
-        if self.starts.device != device:
-            self.starts, self.offsets, self.table_index = (t.to(device) for t in (self.starts, self.offsets, self.table_index))
+    def _constants(self, device: th.device) -> Constants:
+        if device not in self._on_device:
+            self._on_device[device] = Constants(*(tensor.to(device) for tensor in self._on_device[th.device("cpu")]))
+        return self._on_device[device]
 
     def _table(self, columns: th.Tensor, fill: float) -> th.Tensor:
         """(B, A) to (B, D, max_size), dimensions of fewer values filled up."""
-        self._to(columns.device)
         table = columns.new_full((len(columns), self.n_dimensions * self.max_size), fill)
-        table = table.index_copy(1, self.table_index, columns)
+        table = table.index_copy(1, self._constants(columns.device).table_index, columns)
         return table.view(len(columns), self.n_dimensions, self.max_size)
 
-    def _argmax(self, columns: th.Tensor) -> th.Tensor:
-        """(B, A) to the stored form (B, D)."""
-        return self._table(columns, fill=-th.inf).argmax(dim=-1) + self.starts
+    def decode(self, action: th.Tensor) -> th.Tensor:
+        """
+        :param action: a value for each column of the action vector, (B, A)
+        :return: stored form of the largest of each dimension, (B, D)
+        """
+        table = self._table(action, fill=-th.inf)
+        return table.argmax(dim=-1) + self._constants(action.device).starts
 
     def encode(self, stored: th.Tensor) -> th.Tensor:
         """
         :param stored: integers of the space, (..., D)
         :return: concatenated one-hots, float32 (..., A)
         """
-        self._to(stored.device)
-        columns = stored.long() - self.starts + self.offsets
+        starts, offsets, _ = self._constants(stored.device)
+        columns = stored.long() - starts + offsets
         one_hot = th.zeros((*stored.shape[:-1], self.dim), device=stored.device)
         return one_hot.scatter_(-1, columns, 1.0)
 
@@ -160,7 +178,7 @@ class CategoricalActions:
         """
         logits = pre_activation if gumbel is None else pre_activation + gumbel
         soft = F.softmax(self._table(logits / self.temperature, fill=-th.inf), dim=-1)
-        return soft.flatten(1).index_select(1, self.table_index)
+        return soft.flatten(1).index_select(1, self._constants(soft.device).table_index)
 
     def sample_gumbel(self, like: th.Tensor) -> th.Tensor:
         """
@@ -181,24 +199,17 @@ class CategoricalActions:
         :return: one-hots of the largest entries after the noise, (B, A)
         """
         std, clip = self.NOISE_SCALE * std, self.NOISE_SCALE * clip
-        return self.encode(self._argmax(action + (std * noise).clamp(-clip, clip)))
+        return self.encode(self.decode(action + (std * noise).clamp(-clip, clip)))
 
-    def explore(self, pre_activation: th.Tensor, std: float | th.Tensor) -> th.Tensor:
+    def add_noise(self, action: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """
-        :param pre_activation: u, (B, A)
-        :param std: standard deviation of the exploration noise, in the units of Box actions
-        :return: stored form of the action to take where transitions are collected, (B, D)
-        """
-        action = self.activation(pre_activation, self.sample_gumbel(pre_activation))
-        return self._argmax(action + self.NOISE_SCALE * std * th.randn_like(action))
+        Exploration noise.
 
-    def act(self, pre_activation: th.Tensor, deterministic: bool) -> th.Tensor:
+        :param action: soft one-hots, (B, A)
+        :param std: standard deviation of the noise, in the units of Box actions
+        :return: a + noise, (B, A)
         """
-        :param pre_activation: u, (B, A)
-        :param deterministic: the most likely action if True, else a sample from softmax(u)
-        :return: stored form of the action without exploration, (B, D)
-        """
-        return self._argmax(pre_activation if deterministic else pre_activation + self.sample_gumbel(pre_activation))
+        return action + self.NOISE_SCALE * std * th.randn_like(action)
 
 
 def make_actions(space: spaces.Space, temperature: float = 10.0) -> BoxActions | CategoricalActions:

@@ -11,23 +11,23 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_mrq.checkpoints import write_checkpoint
-from sb3_mrq.mrq import MRQ
-from sb3_mrq.stopping import StopSignals
+from sb3_mrq.off_policy_algorithm import ResumableOffPolicyAlgorithm
+from sb3_mrq.persist.checkpoints import write_checkpoint
+from sb3_mrq.persist.stopping import StopSignals
 
 
 class ResumableCheckpointCallback(BaseCallback):
     """
     Every so many steps, and where ``learn`` ends, write model, replay buffer, statistics of ``VecNormalize`` and random
-    generators as one unit, from which :meth:`sb3_mrq.mrq.MRQ.resume` continues.
+    generators as one unit, from which :meth:`sb3_mrq.MRQ.resume` continues.
 
     A checkpoint is a folder ``{name_prefix}_{number}_{num_timesteps}_steps``, which has its name only once it is complete and
     on the disk: whatever happens, the newest complete one is there. Where writing fails, training ends with a
-    :class:`~sb3_mrq.checkpoints.CheckpointError`, and the checkpoints before it are left as they are.
+    :class:`~sb3_mrq.persist.checkpoints.CheckpointError`, and the checkpoints before it are left as they are.
 
-    SIGTERM and Ctrl-C end training where the next rollout would begin, with a checkpoint. Calling ``learn`` then returns as if
-    it was done; ``stopped_by`` tells the signal. Where a callback evaluates the model in the rollout, or does anything else
-    that calls its ``predict``, that ends at once, without a result. Training steps are put off until training goes on.
+    SIGTERM and Ctrl-C end training before the next rollout, with a checkpoint. ``learn`` then returns as if it had finished;
+    ``stopped_by`` tells the signal. Callbacks, such as an evaluation, run to their end first. Training steps are put off until
+    training goes on.
 
     :param save_freq: number of steps between checkpoints, counted as ``num_timesteps`` over all environments (not, as in SB3's
         ``CheckpointCallback``, in calls of the callback)
@@ -42,7 +42,7 @@ class ResumableCheckpointCallback(BaseCallback):
     :param verbose: Verbosity level: 0 for no output, 1 for a line for each checkpoint
     """
 
-    model: MRQ
+    model: ResumableOffPolicyAlgorithm
 
     PATIENCE = 10
 
@@ -71,14 +71,14 @@ class ResumableCheckpointCallback(BaseCallback):
         self._signals = StopSignals()
         self._learning = False
         # At the last checkpoint, or where training started, and whether there was a checkpoint since
-        self._saved_progress = (0, 0, 0)
+        self._saved_progress: tuple[int, ...] = (0,)
         self._saved = False
         # Episodes of each environment that have ended since a checkpoint was due
         self._n_ended = np.zeros(1, dtype=np.int64)
         self._warned = False
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, MRQ):
+        if not isinstance(self.model, ResumableOffPolicyAlgorithm):
             raise TypeError(f"ResumableCheckpointCallback is for MRQ, not for {type(self.model).__name__}.")
         self._check_parent()
         if self.save_path is None:
@@ -96,7 +96,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # In a list it has the list's parent from here on
         self._check_parent()
-        self._saved_progress, self._saved = self._progress, False
+        self._saved_progress, self._saved = self.model.training_progress, False
         self._n_ended = np.zeros(self.model.n_envs, dtype=np.int64)
         self._learning, self.stopped_by = True, None
         self.model.while_learning.callback(self._on_learn_exit)
@@ -126,11 +126,6 @@ class ResumableCheckpointCallback(BaseCallback):
     def _is_due(self) -> bool:
         return self.model.num_timesteps // self.save_freq > self._saved_progress[0] // self.save_freq
 
-    @property
-    def _progress(self) -> tuple[int, int, int]:
-        """Steps, training steps, and encoder updates of the present burst."""
-        return self.model.num_timesteps, self.model._n_updates, self.model._n_encoder_updates
-
     def _warn_of_cut_episodes(self) -> None:
         if not self._warned:
             warnings.warn(
@@ -150,7 +145,7 @@ class ResumableCheckpointCallback(BaseCallback):
         # rl-zoo3 calls this a second time, also where an error or Ctrl-C came in the middle of an update
         if not self._learning:
             return
-        if self._saved_progress != self._progress or (self._signals.received is not None and not self._saved):
+        if self._saved_progress != self.model.training_progress or (self._signals.received is not None and not self._saved):
             self._save()
         self.stopped_by = self._signals.received
         if self.stopped_by is not None:
@@ -159,7 +154,7 @@ class ResumableCheckpointCallback(BaseCallback):
     def _save(self) -> None:
         assert self.save_path is not None
         path = write_checkpoint(self.model, self.save_path, self.name_prefix, self.keep_last)
-        self._saved_progress, self._saved = self._progress, True
+        self._saved_progress, self._saved = self.model.training_progress, True
         self._n_ended[:] = 0
         if self.verbose >= 1:
             print(f"Saved the checkpoint {path}")

@@ -1,6 +1,5 @@
 """
-What environments must give for MR.Q to learn from it: numbers, in the shape of the space, in a range that leaves room to
-compute. And what became of environments that give nothing any more.
+What environments must give to be learned from: numbers, in the shape of the space, in a range that leaves room to compute.
 """
 
 from typing import Any
@@ -20,7 +19,21 @@ LARGEST_REWARD = 1e30
 class BadValueError(ValueError):
     """
     An environment gave something that cannot be learned from.
+
+    :param fault: what it gave, as a clause
+    :param step: of the model, at which that was, None if it is not known
     """
+
+    def __init__(self, fault: str, step: int | None = None):
+        super().__init__(fault, step)
+        self.fault = fault
+        self.step = step
+
+    def __str__(self) -> str:
+        remedy = "Nothing can be learned from that: fix the environment or clip what it gives."
+        if self.step is None:
+            return f"{self.fault}. {remedy}"
+        return f"{self.fault} at step {self.step}. {remedy} The replay buffer holds the transitions before this step."
 
 
 class NonFiniteError(BadValueError):
@@ -33,7 +46,7 @@ class DivergedError(ValueError):
     """
     What the networks compute is not finite any more.
 
-    :param what: of it, as a clause
+    :param what: is not finite, as a clause
     """
 
     def __init__(self, what: str):
@@ -63,14 +76,14 @@ def check_type(value: np.ndarray, name: str, key: Any = None) -> None:
     :raises BadValueError: if these are not numbers
     """
     if value.dtype.kind not in "biuf":
-        raise BadValueError(f"The environments gave {name}s of the type {value.dtype}{_where(key)}, which are not numbers,")
+        raise BadValueError(f"The environments gave {name}s of the type {value.dtype}{_where(key)}, which are not numbers")
 
 
 def check_range(value: np.ndarray, name: str, largest: float, key: Any = None) -> None:
     """
     :param value: of all environments, (n_envs, ...)
     :param name: what it is
-    :param largest: largest absolute value that is allowed
+    :param largest: largest absolute value
     :param key: of an observation that is a dict
     :raises NonFiniteError: if a number is infinite, not a number, or larger
     """
@@ -113,7 +126,7 @@ class ObservationChecks:
         for key, _, shape, column in self._parts:
             value = obs[key] if isinstance(obs, dict) else obs
             if value.shape not in (shape, column):
-                raise BadValueError(f"The environments gave {name}s of the shape {value.shape}{_where(key)}, not {shape},")
+                raise BadValueError(f"The environments gave {name}s of the shape {value.shape}{_where(key)}, not {shape}")
             check_type(value, name, key)
 
     def check(self, obs: np.ndarray | dict[str, np.ndarray], name: str = "observation") -> None:
@@ -134,7 +147,7 @@ class ObservationChecks:
                 if not fine.all():
                     index = tuple(np.argwhere(~fine)[0])
                     given = f"{value[index]}{_where(key)}"
-                    raise BadValueError(f"Environment {index[0]} gave the {name} {given}, which is not in {part},")
+                    raise BadValueError(f"Environment {index[0]} gave the {name} {given}, which is not in {part}")
 
 
 def check_vec_normalize(env: VecNormalize | None) -> None:
@@ -150,7 +163,7 @@ def check_vec_normalize(env: VecNormalize | None) -> None:
     if not all(np.isfinite(value).all() for rms in statistics for value in (rms.mean, rms.var)):
         raise ValueError(
             "The running statistics of VecNormalize are not finite, as an observation or a reward was not: continue with "
-            "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, by way of set_env."
+            "statistics that were saved before (VecNormalize.load), or with a new VecNormalize, through set_env."
         )
 
 
@@ -182,5 +195,5 @@ def explain_dead_worker(env: VecEnv | None, error: BaseException, step: int) -> 
         raise RuntimeError(
             f"The process of environment {dead[0]} ended at step {step}, with exit code "
             f"{processes[dead[0]].exitcode}: see its output, or run the environment in a DummyVecEnv, for the reason. The "
-            "replay buffer holds what came before; continue with new environments by way of set_env."
+            "replay buffer holds the transitions before it; continue with new environments through set_env."
         ) from error

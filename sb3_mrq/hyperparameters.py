@@ -2,17 +2,21 @@
 The hyperparameters of the updates, and which values of all of them can work.
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
 
+from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.precision import PRECISIONS
+from sb3_mrq.persist.replay_files import other_buffer_error
 
-if TYPE_CHECKING:
-    from sb3_mrq.mrq import MRQ
+#: in which networks can compute; ``"auto"`` stands for one of them
+PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class UpdateHyperparameters:
     Hyperparameters of the updates, under the names that they have in ``MRQ``.
 
     :param gamma: discount factor
-    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together
+    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together, None for none
     :param target_policy_noise: standard deviation of the target policy's smoothing noise
     :param target_noise_clip: bound on it
     :param priority_alpha: exponent of the priorities
@@ -30,13 +34,14 @@ class UpdateHyperparameters:
     :param reward_loss_weight: weight of the reward term
     :param termination_loss_weight: weight of the termination term
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
-    :param precision: "bfloat16" where networks are to compute matrix products, and keep activations, in bfloat16 (values
-        and their targets, weights, losses and optimisers are in float32 in any case); "tf32" where float32 matrix products may
-        be computed in TF32 if the device can (``torch.set_float32_matmul_precision("high")`` during updates)
+    :param random_shift_pad: largest shift of images, in pixels
+    :param precision: "float32"; "bfloat16" if networks compute matrix products and keep activations in bfloat16 (values and
+        their targets, weights, losses and optimisers are in float32 in any case); "tf32" if float32 matrix products may be
+        computed in TF32 on devices that can (``torch.set_float32_matmul_precision("high")`` during updates)
     """
 
     gamma: float
-    max_grad_norm: float
+    max_grad_norm: float | None
     target_policy_noise: float
     target_noise_clip: float
     priority_alpha: float
@@ -45,12 +50,25 @@ class UpdateHyperparameters:
     reward_loss_weight: float
     termination_loss_weight: float
     pre_activation_weight: float
+    random_shift_pad: int
     precision: str
 
+    @classmethod
+    def of(cls, model: Any, automatic_precision: str) -> "UpdateHyperparameters":
+        """
+        :param model: an ``MRQ``
+        :param automatic_precision: what ``precision="auto"`` stands for
+        :return: its hyperparameters of the updates, as they are now
+        """
+        values = {field.name: getattr(model, field.name) for field in fields(cls)}
+        if values["precision"] == "auto":
+            values["precision"] = automatic_precision
+        return cls(**values)
 
-def check_hyperparameters(model: "MRQ") -> None:
+
+def check_hyperparameters(model: Any) -> None:
     """
-    :param model: whose hyperparameters to check
+    :param model: an ``MRQ``, whose hyperparameters to check
     :raises ValueError: for values that cannot work, before any work is lost
     """
     for name, least in (
@@ -79,7 +97,7 @@ def check_hyperparameters(model: "MRQ") -> None:
             raise ValueError(f"{name} is {value}, but must not be negative.")
     for name in ("max_grad_norm", "min_td_error"):
         value = getattr(model, name)
-        if not value > 0:
+        if not (value is None and name == "max_grad_norm") and not value > 0:
             raise ValueError(f"{name} is {value}, but must be positive.")
     for name, choices in (
         ("precision", ("auto", *PRECISIONS)),
@@ -102,4 +120,53 @@ def check_hyperparameters(model: "MRQ") -> None:
         raise ValueError(
             f"{model.replay_buffer_class.__name__} cannot give the sub-trajectories that MR.Q learns from: leave "
             "replay_buffer_class out, or derive a class from sb3_mrq.buffers.SubtrajectoryReplayBuffer."
+        )
+
+
+def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
+    """
+    :param model: an ``MRQ``
+    :param replay_buffer: what it is to learn from
+    :raises ValueError: if it cannot
+    """
+    if not isinstance(replay_buffer, SubtrajectoryReplayBuffer):
+        raise ValueError(
+            f"MR.Q learns from a SubtrajectoryReplayBuffer, not from a {type(replay_buffer).__name__}: start with "
+            "an empty buffer."
+        )
+    for name, theirs, ours in (
+        ("number of environments", replay_buffer.n_envs, model.n_envs),
+        ("horizon", replay_buffer.horizon, model.encoder_horizon),
+        ("n_steps", replay_buffer.n_steps, model.n_steps),
+        ("observation space", replay_buffer.observation_space, model.observation_space),
+        ("action space", replay_buffer.action_space, model.action_space),
+    ):
+        if theirs != ours:
+            raise other_buffer_error(name, theirs, ours)
+
+
+def warn_of_settings(model: Any, last_step: int, reset_num_timesteps: bool) -> None:
+    """
+    Warn of settings that are allowed, but hardly meant.
+
+    :param model: an ``MRQ``
+    :param last_step: of the training that is about to begin
+    :param reset_num_timesteps: whether its steps are counted from 0
+    """
+    warn = partial(warnings.warn, stacklevel=6)
+    if last_step <= model.learning_starts:
+        warn(
+            f"Nothing will be learned: {last_step} steps end before learning_starts={model.learning_starts}. Train for "
+            "longer, or let learning start earlier."
+        )
+        return
+    if reset_num_timesteps and model._n_updates > 0 and 0 < model.learning_starts <= model.replay_buffer.size():
+        warn(
+            f"The first {model.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
+            "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0."
+        )
+    if model.precision == "bfloat16" and not bfloat16_is_fast(model.device):
+        warn(
+            f"precision='bfloat16' makes training many times slower here, as this device ({model.device}) has no "
+            "instructions for it. Leave precision out, or set it to 'float32'."
         )

@@ -1,46 +1,30 @@
 """
-The two steps of training, each a batch in and new weights out: one encoder update, one value and policy update.
+The two updates of training, samples in and new weights out: one of the encoder, one of the value heads and the policy.
 
-Everything random (batch, noise, augmentation) is an argument, shapes are static and nothing waits for the device: what
-compiling or capturing a step asks for. What has a gradient is a function from tensors to losses, one for each loss; these are
-compiled, and run under autocast where the matrix products are to be in bfloat16. Backward passes and optimisers are outside of
-them: autocast keeps the bfloat16 copy of a weight for as long as its region lasts, also when the weight has changed.
+Shapes are static and nothing waits for the device, so that updates can be compiled and captured. What has a gradient is a
+function from samples to a loss, one for each loss; these can be compiled, and run under autocast if the matrix products are to
+be in bfloat16. Backward passes and optimisers are outside of them: autocast keeps the bfloat16 copy of a weight for as long as
+its region lasts, also when the weight has changed.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch as th
+from gymnasium import spaces
 from torch import nn
 from torch.func import functional_call
 
 from sb3_mrq import losses
-from sb3_mrq.compilation import CompiledFunction
+from sb3_mrq.augmentation import random_shift
+from sb3_mrq.buffers.samples import NStepSamples, SubtrajectorySamples
 from sb3_mrq.hyperparameters import UpdateHyperparameters
-from sb3_mrq.observations import Observation
+from sb3_mrq.networks import Predictions
+from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import MRQPolicy
-from sb3_mrq.precision import tf32_products
-
-
-class EncoderMetrics(NamedTuple):
-    """What one encoder update reports, 0-d tensors."""
-
-    encoder_loss: th.Tensor
-    dynamics_loss: th.Tensor
-    reward_loss: th.Tensor
-    termination_loss: th.Tensor
-
-
-class ValuePolicyMetrics(NamedTuple):
-    """What one value and policy update reports, 0-d tensors."""
-
-    critic_loss: th.Tensor
-    actor_loss: th.Tensor
-    q_value: th.Tensor
-    td_error: th.Tensor
-    critic_grad_norm: th.Tensor
 
 
 class Noise(NamedTuple):
@@ -57,6 +41,20 @@ class Noise(NamedTuple):
     policy_gumbel: th.Tensor | None
 
 
+class ValueTarget(NamedTuple):
+    """
+    What the value and the policy update share.
+
+    :param target: y, (B, 1)
+    :param z_s: state embedding of the online encoder, into which no gradient flows, (B, Z)
+    :param z_sa: state-action embedding of the online encoder, into which no gradient flows, (B, ZSA)
+    """
+
+    target: th.Tensor
+    z_s: th.Tensor
+    z_sa: th.Tensor
+
+
 def grad_norm(module: nn.Module) -> th.Tensor:
     """
     :param module: a network after a backward pass
@@ -65,7 +63,19 @@ def grad_norm(module: nn.Module) -> th.Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
-def step(optimizer: th.optim.Optimizer) -> None:
+def effective_rank(embeddings: th.Tensor) -> th.Tensor:
+    """
+    Effective rank (Roy and Vetterli, 2007) around the mean: the exponential of the entropy of the normalised singular values.
+
+    :param embeddings: (n, Z)
+    :return: 0-d
+    """
+    shares = th.linalg.svdvals(embeddings - embeddings.mean(dim=0))
+    shares = shares / shares.sum().clamp_min(1e-12)
+    return th.special.entr(shares).sum().exp()
+
+
+def optimizer_step(optimizer: th.optim.Optimizer) -> None:
     """
     :param optimizer: makes a step
     """
@@ -85,43 +95,45 @@ def with_fixed_weights(module: nn.Module, *args: th.Tensor) -> th.Tensor:
 
 class Learner:
     """
-    Updates the networks of a policy, by means of their optimisers (``.optimizer`` of each online network).
+    Updates the networks of a policy with their optimisers (``.optimizer`` of each online network).
+
+    A subclass changes the algorithm: ``encoder_terms``, ``bootstrap``, ``value_loss``, ``policy_loss``, ``priorities``.
 
     :param policy: holds the networks and their targets
     :param hyperparameters: of the updates
-    :param compiled: whether to compile the losses
     """
 
-    def __init__(self, policy: MRQPolicy, hyperparameters: UpdateHyperparameters, compiled: bool = False):
+    def __init__(self, policy: MRQPolicy, hyperparameters: UpdateHyperparameters):
+        self.policy = policy
         self.encoder, self.encoder_target = policy.encoder, policy.encoder_target
         self.critic, self.critic_target = policy.critic, policy.critic_target
         self.actor, self.actor_target = policy.actor, policy.actor_target
         self.actions = policy.actions
         self.hyperparameters = hyperparameters
-        # Whether that was tried, in vain
-        self.compiling_failed = False
-        self.set_compiled(compiled)
+        # Factor of the weight of the termination term, a tensor since compiled code would take a number for a constant
+        self.termination_switch = th.ones((), device=policy.device)
+        self.transform_losses(lambda function: function)
 
-    def set_compiled(self, compiled: bool) -> None:
+    def transform_losses(self, transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """
         Choose how the losses are computed from now on.
 
-        :param compiled: whether to compile them, which takes a while when they are next needed
+        :param transform: applied to each of the functions that compute them, for example to compile it
         """
+        self._encoder_loss = transform(self.encoder_loss)
+        self._value_target = transform(self.value_target)
+        self._value_loss = transform(self.value_loss)
+        self._policy_loss = transform(self.policy_loss)
 
-        def choose(function: Callable[..., Any]) -> Callable[..., Any]:
-            return CompiledFunction(function, self._give_up_compiling, self._unchanged) if compiled else function
-
-        self.compiled = compiled
-        self._encoder_loss = choose(self.encoder_loss)
-        self._value_target = choose(self.value_target)
-        self._value_loss = choose(self.value_loss)
-        self._policy_loss = choose(self.policy_loss)
+    @property
+    def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
+        """Online networks and their targets."""
+        return (self.encoder, self.encoder_target), (self.critic, self.critic_target), (self.actor, self.actor_target)
 
     @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        """What is called in this context changes neither buffers of networks, such as running means, nor random generators."""
-        device = self.encoder.predictor.bins.device
+    def preserve_buffers_and_rng(self) -> Iterator[None]:
+        """Set buffers of networks, such as running means, and random generators back to what they were before the context."""
+        device = self.policy.device
         buffers = [buffer for online, target in self._pairs for network in (online, target) for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
         with th.random.fork_rng([device] if device.type == "cuda" else []):
@@ -129,37 +141,6 @@ class Learner:
         with th.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-
-    def _give_up_compiling(self, error: Exception) -> None:
-        self.set_compiled(False)
-        self.compiling_failed = True
-        warnings.warn(
-            f"The updates could not be compiled, so they run as they are, slower but with the same results. Set "
-            f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-
-    def _autocast(self) -> th.autocast:
-        device = self.encoder.predictor.bins.device
-        return th.autocast(device.type, th.bfloat16, enabled=self.hyperparameters.precision == "bfloat16")
-
-    def _matmul_precision(self) -> AbstractContextManager[None]:
-        """Backward passes included, hence not a part of the losses."""
-        # What was set elsewhere may not even be readable by way of this setting
-        return tf32_products() if self.hyperparameters.precision == "tf32" else nullcontext()
-
-    def sample_noise(self, batch_size: int) -> Noise:
-        """
-        :param batch_size: B
-        :return: the noise of one value and policy update, on the device of the networks
-        """
-        like = self.encoder.predictor.bins.new_empty((batch_size, self.actions.dim))
-        return Noise(th.randn_like(like), self.actions.sample_gumbel(like), self.actions.sample_gumbel(like))
-
-    @property
-    def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        """Online networks and their targets."""
-        return (self.encoder, self.encoder_target), (self.critic, self.critic_target), (self.actor, self.actor_target)
 
     @th.no_grad()
     def replace_targets(self) -> None:
@@ -169,101 +150,161 @@ class Learner:
             for source, copy in zip(sources, copies, strict=True):
                 copy.copy_(source)
 
-    def encoder_loss(
-        self,
-        first_obs: Observation,
-        next_obs: Sequence[Observation],
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        terminated: th.Tensor,
-        mask: th.Tensor,
-        termination_switch: th.Tensor | float,
-    ) -> losses.EncoderLoss:
-        """
-        :return: the loss of f, g and m; for the parameters see ``update_encoder``
-        """
-        with self._autocast():
-            with th.no_grad():
-                # A batch at a time: intermediate results stay in the processor's cache, and images take a fraction of the
-                # memory
-                target_z_s = th.stack([self.encoder_target.state(obs) for obs in next_obs], dim=1)
-            predicted_terminated, predicted_z_s, reward_logits = self.encoder.unroll(self.encoder.state(first_obs), actions)
-        return losses.encoder_loss(
-            predicted_z_s.to(rewards.dtype),
-            target_z_s.to(rewards.dtype),
-            reward_logits.to(rewards.dtype),
-            rewards,
-            predicted_terminated.to(rewards.dtype),
-            terminated,
-            mask,
-            self.encoder.predictor.bins,
-            dynamics_weight=self.hyperparameters.dynamics_loss_weight,
-            reward_weight=self.hyperparameters.reward_loss_weight,
-            termination_weight=self.hyperparameters.termination_loss_weight * termination_switch,
-        )
+    def _autocast(self) -> th.autocast:
+        enabled = self.hyperparameters.precision == "bfloat16"
+        return th.autocast(self.encoder.predictor.bins.device.type, th.bfloat16, enabled=enabled)
 
-    def update_encoder(
-        self,
-        first_obs: Observation,
-        next_obs: Sequence[Observation],
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        terminated: th.Tensor,
-        mask: th.Tensor,
-        termination_switch: th.Tensor | float = 1.0,
-    ) -> EncoderMetrics:
+    def sample_noise(self, batch_size: int) -> Noise:
+        """
+        :param batch_size: B
+        :return: the noise of one value and policy update, on the device of the networks
+        """
+        like = self.encoder.predictor.bins.new_empty((batch_size, self.actions.dim))
+        return Noise(th.randn_like(like), self.actions.sample_gumbel(like), self.actions.sample_gumbel(like))
+
+    def prepare_observation(self, obs: Observation) -> Observation:
+        """
+        :param obs: sampled observations, (B, ...) or a dict of these
+        :return: as the encoder takes them, images randomly shifted
+        """
+        if self.hyperparameters.random_shift_pad > 0:
+            obs = map_observation(self._augment, obs, self.policy.observation_space)
+        return self.policy.preprocess(obs)
+
+    def _augment(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
+        return random_shift(obs, self.hyperparameters.random_shift_pad) if self.policy.is_image(space) else obs
+
+    def update_encoder(self, samples: SubtrajectorySamples) -> dict[str, th.Tensor]:
         """
         One step on the encoder loss, for f, g and m (equations 13 to 17 of the paper).
 
-        :param first_obs: preprocessed observations s_0, (B, ...)
-        :param next_obs: preprocessed observations s_1 to s_H, (B, ...) each
-        :param actions: action vectors, (B, H, A)
-        :param rewards: (B, H)
-        :param terminated: (B, H)
-        :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
-        :param termination_switch: 1, or 0 to leave out the termination term
-        :return: the losses before the step
+        :param samples: from the replay buffer
+        :return: the loss before the step, ``encoder_loss``, and its terms before weighting, 0-d each
         """
-        with self._matmul_precision():
-            loss = self._encoder_loss(first_obs, next_obs, actions, rewards, terminated, mask, termination_switch)
-            self.encoder.optimizer.zero_grad()
-            if loss.total.requires_grad:  # unless all of it was frozen
-                loss.total.backward()
-        step(self.encoder.optimizer)
-        return EncoderMetrics(*(term.detach() for term in loss))
+        samples = samples._replace(
+            observations=[self.prepare_observation(obs) for obs in unbind_time(samples.observations)],
+            actions=self.actions.encode(samples.actions),
+            indices=None,
+        )
+        loss, terms = self._encoder_loss(samples)
+        self.encoder.optimizer.zero_grad()
+        if loss.requires_grad:  # unless all of it was frozen
+            loss.backward()
+        optimizer_step(self.encoder.optimizer)
+        return {"encoder_loss": loss.detach()} | {f"{name}_loss": term.detach() for name, term in terms.items()}
+
+    def encoder_loss(self, samples: SubtrajectorySamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
+        :return: the loss of f, g and m, and its terms before weighting, 0-d each
+        """
+        first_obs, *next_obs = samples.observations
+        dtype = samples.rewards.dtype
+        with self._autocast():
+            with th.no_grad():
+                # One time step after the other: intermediate results stay in the processor's cache, and images take a fraction
+                # of the memory
+                target_z_s = th.stack([self.encoder_target.state(obs) for obs in next_obs], dim=1)
+            predictions = self.encoder.unroll(self.encoder.state(first_obs), samples.actions)
+        predictions = Predictions(*(part.to(dtype) for part in predictions))
+        terms = self.encoder_terms(samples, predictions, target_z_s.to(dtype))
+        total = reduce(add, (weight * term for weight, term in terms.values()))
+        return total, {name: term for name, (_, term) in terms.items()}
+
+    def encoder_terms(
+        self, samples: SubtrajectorySamples, predictions: Predictions, target_z_s: th.Tensor
+    ) -> dict[str, tuple[float | th.Tensor, th.Tensor]]:
+        """
+        The terms of the encoder loss (equation 17 of the paper). A subclass adds some or takes some out; each is logged as
+        ``{name}_loss``.
+
+        :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
+        :param predictions: of the online encoder
+        :param target_z_s: embeddings of s_1 to s_H by the target encoder, without a gradient, (B, H, Z)
+        :return: weight and term, 0-d, by name
+        """
+        of, mask = self.hyperparameters, samples.mask
+        reward = losses.reward_loss(predictions.reward_logits, samples.rewards, mask, self.encoder.predictor.bins)
+        termination = losses.termination_loss(predictions.terminated, samples.terminated, mask)
+        return {
+            "dynamics": (of.dynamics_loss_weight, losses.dynamics_loss(predictions.z_s, target_z_s, mask)),
+            "reward": (of.reward_loss_weight, reward),
+            "termination": (of.termination_loss_weight * self.termination_switch, termination),
+        }
+
+    def update_value_and_policy(
+        self, samples: NStepSamples, noise: Noise | None = None
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        One step on the value loss, for Q, then one on the policy loss, for pi, on the same batch (equations 18 to 20 of the
+        paper).
+
+        :param samples: from the replay buffer
+        :param noise: sampled if None
+        :return: new priorities (B,), and the losses before the steps, 0-d each
+        """
+        of = self.hyperparameters
+        samples = samples._replace(
+            observations=self.prepare_observation(samples.observations),
+            next_observations=self.prepare_observation(samples.next_observations),
+            actions=self.actions.encode(samples.actions),
+            indices=None,
+        )
+        if noise is None:
+            noise = self.sample_noise(len(samples.rewards))
+        target, z_s, z_sa = self._value_target(samples, noise)
+
+        # Value step
+        critic_loss, q = self._value_loss(z_sa, target)
+        self.critic.optimizer.zero_grad()
+        critic_loss.backward()
+        if of.max_grad_norm is None:
+            critic_grad_norm = grad_norm(self.critic)
+        else:
+            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), of.max_grad_norm)
+        optimizer_step(self.critic.optimizer)
+
+        # Policy step, through g and Q but for the weights of pi alone
+        actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
+        self.actor.optimizer.zero_grad()
+        actor_loss.backward()
+        optimizer_step(self.actor.optimizer)
+
+        return self.priorities(q, target), {
+            "critic_loss": critic_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+            "q_value": q.mean(),
+            "td_error": (q - target).abs().mean(),
+            "critic_grad_norm": critic_grad_norm,
+        }
 
     @th.no_grad()
-    def value_target(
-        self,
-        obs: Observation,
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        terminated: th.Tensor,
-        mask: th.Tensor,
-        next_obs: Observation,
-        reward_scale: th.Tensor | float,
-        target_reward_scale: th.Tensor | float,
-        noise: Noise,
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def value_target(self, samples: NStepSamples, noise: Noise) -> ValueTarget:
         """
-        :return: the target y (B, 1), and the embeddings z_s (B, Z) and z_sa (B, ZSA) of the online encoder, into which no
-            gradient flows; for the parameters see ``update_value_and_policy``
+        :param samples: prepared, see :class:`~sb3_mrq.buffers.NStepSamples`
+        :param noise: of this update
+        :return: the target, and the embeddings of s_0 and a_0
         """
+        of, dtype = self.hyperparameters, samples.rewards.dtype
         with self._autocast():
-            next_z_s = self.encoder_target.state(next_obs)
-            next_action = self.actions.activation(self.actor_target(next_z_s).to(rewards.dtype), noise.target_gumbel)
+            next_z_s = self.encoder_target.state(samples.next_observations)
+            next_action = self.actions.activation(self.actor_target(next_z_s).to(dtype), noise.target_gumbel)
             next_action = self.actions.smooth(
-                next_action,
-                noise.target_normal,
-                self.hyperparameters.target_policy_noise,
-                self.hyperparameters.target_noise_clip,
+                next_action, noise.target_normal, of.target_policy_noise, of.target_noise_clip
             )
-            next_q = self.critic_target(self.encoder_target.state_action(next_z_s, next_action))
-            z_s = self.encoder.state(obs)
-            z_sa = self.encoder.state_action(z_s, actions)
-        returns, discount = losses.n_step_return(rewards, terminated, mask, self.hyperparameters.gamma)
-        target = losses.value_target(returns, discount, next_q, reward_scale, target_reward_scale)
-        return target, z_s, z_sa
+            next_q = self.critic_target.value(self.critic_target(self.encoder_target.state_action(next_z_s, next_action)))
+            z_s = self.encoder.state(samples.observations)
+            z_sa = self.encoder.state_action(z_s, samples.actions)
+        returns, discount = losses.n_step_return(samples.rewards, samples.terminated, samples.mask, of.gamma)
+        scales = self.critic.reward_scale, self.critic_target.reward_scale
+        return ValueTarget(losses.value_target(returns, discount, self.bootstrap(next_q), *scales), z_s, z_sa)
+
+    def bootstrap(self, next_q: th.Tensor) -> th.Tensor:
+        """
+        :param next_q: target values at the last observation and the target policy's action, (B, n_critics)
+        :return: the smallest of the heads, (B, 1)
+        """
+        return next_q.amin(dim=1, keepdim=True)
 
     def value_loss(self, z_sa: th.Tensor, target: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -272,8 +313,8 @@ class Learner:
         :return: the loss of Q, 0-d, and Q, (B, n_critics)
         """
         with self._autocast():
-            q = self.critic(z_sa)
-        return losses.value_loss(q, target), q.detach()
+            output = self.critic(z_sa)
+        return self.critic.loss(output, target), self.critic.value(output).detach()
 
     def policy_loss(self, z_s: th.Tensor, gumbel: th.Tensor | None) -> th.Tensor:
         """
@@ -285,60 +326,30 @@ class Learner:
         with self._autocast():
             pre_activation = self.actor(z_s).to(dtype)
             action = self.actions.activation(pre_activation, gumbel)
-            q = with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
+            q = self.critic.value(
+                with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
+            )
         return losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
 
-    def update_value_and_policy(
-        self,
-        obs: Observation,
-        actions: th.Tensor,
-        rewards: th.Tensor,
-        terminated: th.Tensor,
-        mask: th.Tensor,
-        next_obs: Observation,
-        reward_scale: th.Tensor | float,
-        target_reward_scale: th.Tensor | float,
-        noise: Noise,
-    ) -> tuple[th.Tensor, ValuePolicyMetrics]:
+    def priorities(self, q: th.Tensor, target: th.Tensor) -> th.Tensor:
         """
-        One step on the value loss, for Q, then one on the policy loss, for pi, on the same batch (equations 18 to 20 of the
-        paper).
-
-        :param obs: preprocessed observations s_0, (B, ...)
-        :param actions: action vectors a_0, (B, A)
-        :param rewards: (B, n)
-        :param terminated: (B, n)
-        :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, n)
-        :param next_obs: preprocessed observations s_n, or the final ones of episodes that end before, (B, ...)
-        :param reward_scale: rbar, mean absolute reward of the buffer
-        :param target_reward_scale: rbar', the one that the target networks were trained under
-        :param noise: from ``sample_noise``
-        :return: new priorities (B,), and the losses before the step
+        :param q: (B, n_critics)
+        :param target: (B, 1)
+        :return: new priorities, (B,)
         """
-        with self._matmul_precision():
-            target, z_s, z_sa = self._value_target(
-                obs, actions, rewards, terminated, mask, next_obs, reward_scale, target_reward_scale, noise
-            )
+        return losses.td_priority(q, target, self.hyperparameters.priority_alpha, self.hyperparameters.min_td_error)
 
-            # Value step
-            critic_loss, q = self._value_loss(z_sa, target)
-            self.critic.optimizer.zero_grad()
-            critic_loss.backward()
-            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.hyperparameters.max_grad_norm)
-            step(self.critic.optimizer)
-
-            # Policy step, through g and Q but for the weights of pi alone
-            actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
-            self.actor.optimizer.zero_grad()
-            actor_loss.backward()
-            step(self.actor.optimizer)
-
-        priorities = losses.td_priority(q, target, self.hyperparameters.priority_alpha, self.hyperparameters.min_td_error)
-        metrics = ValuePolicyMetrics(
-            critic_loss=critic_loss.detach(),
-            actor_loss=actor_loss.detach(),
-            q_value=q.mean(),
-            td_error=(q - target).abs().mean(),
-            critic_grad_norm=critic_grad_norm,
-        )
-        return priorities, metrics
+    @th.no_grad()
+    def embedding_metrics(self, samples: NStepSamples) -> dict[str, th.Tensor]:
+        """
+        :param samples: from the replay buffer
+        :return: size and effective rank of the embeddings z_s, and the norm of the encoder's last gradient, 0-d each
+        """
+        self.policy.set_training_mode(False)
+        z_s = self.encoder.state(self.policy.preprocess(samples.observations))
+        self.policy.set_training_mode(True)
+        return {
+            "encoder_grad_norm": grad_norm(self.encoder),
+            "z_s_norm": z_s.norm(dim=1).mean(),
+            "z_s_effective_rank": effective_rank(z_s),
+        }

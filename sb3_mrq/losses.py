@@ -1,26 +1,14 @@
 """
-The formulas of MR.Q as free functions on tensors: two-hot rewards, encoder loss, n-step target, value loss, policy loss.
+The formulas of MR.Q as free functions on tensors: two-hot rewards, the terms of the encoder loss, n-step target, value
+loss, policy loss, priorities.
 
 Equation numbers refer to Fujimoto et al., "Towards General-Purpose Model-Free Reinforcement Learning", ICLR 2025.
 Shapes: ``B`` batch, ``H`` horizon of the encoder, ``n`` horizon of the value, ``K`` reward bins, ``Z`` size of z_s, ``A``
 action vector.
 """
 
-from typing import NamedTuple
-
 import torch as th
 from torch.nn import functional as F
-
-
-class EncoderLoss(NamedTuple):
-    """
-    The encoder loss and its three terms before weighting, all 0-d tensors.
-    """
-
-    total: th.Tensor
-    dynamics: th.Tensor
-    reward: th.Tensor
-    termination: th.Tensor
 
 
 def symexp(x: th.Tensor) -> th.Tensor:
@@ -72,44 +60,43 @@ def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
     return weights
 
 
-def encoder_loss(
-    predicted_z_s: th.Tensor,
-    target_z_s: th.Tensor,
-    reward_logits: th.Tensor,
-    rewards: th.Tensor,
-    predicted_terminated: th.Tensor,
-    terminated: th.Tensor,
-    mask: th.Tensor,
-    bins: th.Tensor,
-    *,
-    dynamics_weight: float = 1.0,
-    reward_weight: float = 0.1,
-    termination_weight: float | th.Tensor = 0.1,
-) -> EncoderLoss:
+def dynamics_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
-    The loss of the encoder, unrolled over the horizon (equations 14 to 17 of the paper). Means run over the whole batch,
-    masked entries included; the sum over the horizon is not averaged.
+    Squared error of the predicted embeddings (equation 15 of the paper). As in the other terms of the encoder loss, the mean runs
+    over the whole batch, masked entries included; the sum over the horizon is not averaged.
 
     :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
     :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
+    :return: 0-d
+    """
+    return (mask * F.mse_loss(predicted_z_s, target_z_s, reduction="none").mean(dim=-1)).sum() / len(mask)
+
+
+def reward_loss(reward_logits: th.Tensor, rewards: th.Tensor, mask: th.Tensor, bins: th.Tensor) -> th.Tensor:
+    """
+    Cross-entropy of the predicted rewards (equation 14 of the paper).
+
     :param reward_logits: predicted logits over the reward bins, (B, H, K)
     :param rewards: (B, H)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
+    :param bins: centres of the reward bins, (K,)
+    :return: 0-d
+    """
+    cross_entropy = -(two_hot(rewards, bins) * F.log_softmax(reward_logits, dim=-1)).sum(dim=-1)
+    return (mask * cross_entropy).sum() / len(mask)
+
+
+def termination_loss(predicted_terminated: th.Tensor, terminated: th.Tensor, mask: th.Tensor) -> th.Tensor:
+    """
+    Squared error of the predicted terminations (equation 16 of the paper).
+
     :param predicted_terminated: (B, H)
     :param terminated: 1 where the episode terminated (not truncated), else 0, (B, H)
     :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
-    :param bins: centres of the reward bins, (K,)
-    :param dynamics_weight: weight of the embedding term
-    :param reward_weight: weight of the reward term
-    :param termination_weight: weight of the termination term, a 0-d tensor where it changes during training
-    :return: the weighted sum and the three terms
+    :return: 0-d
     """
-    batch_size = mask.shape[0]
-    dynamics = (mask * F.mse_loss(predicted_z_s, target_z_s, reduction="none").mean(dim=-1)).sum() / batch_size
-    cross_entropy = -(two_hot(rewards, bins) * F.log_softmax(reward_logits, dim=-1)).sum(dim=-1)
-    reward = (mask * cross_entropy).sum() / batch_size
-    termination = (mask * (predicted_terminated - terminated) ** 2).sum() / batch_size
-    total = dynamics_weight * dynamics + reward_weight * reward + termination_weight * termination
-    return EncoderLoss(total, dynamics, reward, termination)
+    return (mask * (predicted_terminated - terminated) ** 2).sum() / len(mask)
 
 
 def n_step_return(rewards: th.Tensor, terminated: th.Tensor, mask: th.Tensor, gamma: float) -> tuple[th.Tensor, th.Tensor]:
@@ -133,7 +120,7 @@ def n_step_return(rewards: th.Tensor, terminated: th.Tensor, mask: th.Tensor, ga
 def value_target(
     returns: th.Tensor,
     discount: th.Tensor,
-    next_q: th.Tensor,
+    next_value: th.Tensor,
     reward_scale: float | th.Tensor,
     target_reward_scale: float | th.Tensor,
 ) -> th.Tensor:
@@ -142,12 +129,12 @@ def value_target(
 
     :param returns: discounted sum of rewards, (B, 1)
     :param discount: factor of the bootstrap value, (B, 1)
-    :param next_q: target values at the last observation and the target policy's action, (B, n_critics)
+    :param next_value: target value at the last observation and the target policy's action, the smallest of the heads, (B, 1)
     :param reward_scale: mean absolute reward of the buffer, in which the online values are expressed
     :param target_reward_scale: the one in which the target values are expressed
     :return: (B, 1)
     """
-    return (returns + discount * target_reward_scale * next_q.amin(dim=1, keepdim=True)) / reward_scale
+    return (returns + discount * target_reward_scale * next_value) / reward_scale
 
 
 def value_loss(q: th.Tensor, target: th.Tensor) -> th.Tensor:

@@ -6,12 +6,13 @@ Shapes: ``B`` batch, ``Z`` size of z_s (512), ``ZSA`` size of z_sa (512), ``A`` 
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_mrq.losses import reward_bins
+from sb3_mrq import losses
 from sb3_mrq.observations import Observation, images_to_floats, split_observation
 
 
@@ -203,7 +204,7 @@ class MDPPredictor(nn.Module):
         self.split_sizes = [1, z_s_dim, n_bins]
         self.linear = nn.Linear(z_sa_dim, sum(self.split_sizes))
         self.linear.apply(init_weights)
-        self.register_buffer("bins", reward_bins(n_bins, bins_limit), persistent=False)
+        self.register_buffer("bins", losses.reward_bins(n_bins, bins_limit), persistent=False)
 
     def forward(self, z_sa: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -212,6 +213,20 @@ class MDPPredictor(nn.Module):
         """
         terminated, z_s, reward_logits = self.linear(z_sa).split(self.split_sizes, dim=-1)
         return terminated, z_s, reward_logits
+
+
+class Predictions(NamedTuple):
+    """
+    What the encoder predicts over a horizon.
+
+    :param terminated: (B, H)
+    :param z_s: embeddings of the next observations, (B, H, Z)
+    :param reward_logits: (B, H, n_bins)
+    """
+
+    terminated: th.Tensor
+    z_s: th.Tensor
+    reward_logits: th.Tensor
 
 
 class Encoder(nn.Module):
@@ -231,14 +246,14 @@ class Encoder(nn.Module):
         # Set by the policy, as in SB3's TD3
         self.optimizer: th.optim.Optimizer
 
-    def unroll(self, z_s: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def unroll(self, z_s: th.Tensor, actions: th.Tensor) -> Predictions:
         """
         Predict a horizon from the first embedding and the actions, feeding each predicted embedding straight back (equation
         13 of the paper).
 
         :param z_s: embedding of the first observation, (B, Z)
         :param actions: (B, H, A)
-        :return: predicted termination (B, H), next z_s (B, H, Z), reward logits (B, H, n_bins)
+        :return: the predictions
         """
         predictions = []
         for projected_action in self.state_action.project_action(actions.transpose(0, 1)).unbind():
@@ -246,7 +261,7 @@ class Encoder(nn.Module):
             z_s = prediction[1]
             predictions.append(prediction)
         terminated, next_z_s, reward_logits = (th.stack(part, dim=1) for part in zip(*predictions, strict=True))
-        return terminated.squeeze(-1), next_z_s, reward_logits
+        return Predictions(terminated.squeeze(-1), next_z_s, reward_logits)
 
 
 class EnsembleLinear(nn.Module):
@@ -287,6 +302,10 @@ class Critic(nn.Module):
     :param n_critics: number of heads
     """
 
+    # Mean absolute reward of the buffer when the targets were last replaced, the unit of the values. Replacing the targets
+    # copies it, so that of the target critic is the one that it was trained under.
+    reward_scale: th.Tensor
+
     def __init__(self, z_sa_dim: int, net_arch: list[int], activation_fn: type[nn.Module], n_critics: int = 2):
         super().__init__()
         self.n_critics = n_critics
@@ -295,6 +314,7 @@ class Critic(nn.Module):
         for input_dim, hidden in pairwise(sizes):
             layers += [EnsembleLinear(n_critics, input_dim, hidden), LayerNormActivation(activation_fn)]
         self.layers = nn.Sequential(*layers, EnsembleLinear(n_critics, sizes[-1], 1))
+        self.register_buffer("reward_scale", th.ones(()))
         # Set by the policy, as in SB3's TD3
         self.optimizer: th.optim.Optimizer
 
@@ -311,6 +331,21 @@ class Critic(nn.Module):
         with th.autocast(x.device.type, enabled=False):
             q_values = output_layer(x.to(output_layer.weight.dtype))
         return q_values.squeeze(-1).transpose(0, 1)
+
+    def value(self, output: th.Tensor) -> th.Tensor:
+        """
+        :param output: of ``forward``
+        :return: the values that it stands for, (B, n_critics)
+        """
+        return output
+
+    def loss(self, output: th.Tensor, target: th.Tensor) -> th.Tensor:
+        """
+        :param output: of ``forward``
+        :param target: (B, 1)
+        :return: 0-d
+        """
+        return losses.value_loss(output, target)
 
 
 class Actor(nn.Module):

@@ -12,14 +12,22 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_mrq.action_spaces import make_actions
-from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
-from sb3_mrq.networks import Actor, Critic, Encoder, MDPPredictor, StateActionEncoder, StateEncoder
+from sb3_mrq.networks import (
+    Actor,
+    Critic,
+    Encoder,
+    EnsembleLinear,
+    LayerNormActivation,
+    MDPPredictor,
+    StateActionEncoder,
+    StateEncoder,
+)
 from sb3_mrq.observations import map_observation
 
 DEFAULT_NET_ARCH = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
@@ -147,15 +155,20 @@ class MRQPolicy(BasePolicy):
 
     def _build(self, lr_schedule: Schedule, encoder_lr_schedule: Schedule) -> None:
         self.encoder = self.make_encoder()
-        self.critic = Critic(self.z_sa_dim, self.net_arch["qf"], self.activation_fn, self.n_critics)
-        self.actor = Actor(self.z_s_dim, self.actions.dim, self.net_arch["pi"], self.actor_activation_fn)
+        self.critic = self.make_critic()
+        self.actor = self.make_actor()
         self.encoder_target = deepcopy(self.encoder).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self.actor_target = deepcopy(self.actor).requires_grad_(False)
         self.encoder.optimizer = self.make_optimizer(self.encoder, encoder_lr_schedule(1))
         self.critic.optimizer = self.make_optimizer(self.critic, lr_schedule(1))
         self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
-        self.set_training_mode(False)
+        # No values yet
+        self.critic_target.reward_scale.zero_()
+        self._mode_dependent = {
+            network: modules_that_depend_on_the_mode(getattr(self, network)) for network in ("encoder", "critic", "actor")
+        }
+        super().train(False)
 
     @property
     def device(self) -> th.device:
@@ -191,6 +204,14 @@ class MRQPolicy(BasePolicy):
             ),
             MDPPredictor(self.z_sa_dim, self.z_s_dim, self.n_reward_bins, self.reward_bins_limit),
         )
+
+    def make_critic(self) -> Critic:
+        """Create the value heads."""
+        return Critic(self.z_sa_dim, self.net_arch["qf"], self.activation_fn, self.n_critics)
+
+    def make_actor(self) -> Actor:
+        """Create the actor."""
+        return Actor(self.z_s_dim, self.actions.dim, self.net_arch["pi"], self.actor_activation_fn)
 
     def make_optimizer(self, network: nn.Module, learning_rate: float) -> th.optim.Optimizer:
         """
@@ -269,8 +290,32 @@ class MRQPolicy(BasePolicy):
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(observation, deterministic=deterministic)
 
+    def act(self, observation: PyTorchObs, sample: bool) -> th.Tensor:
+        """
+        The action for an observation, from tensors to tensors, before noise, decoding and scaling: what a subclass changes that
+        acts in another way.
+
+        :param observation: as the environment gives it, (B, ...) or a dict of these
+        :param sample: whether to sample from the Gumbel-softmax of discrete actions; Box actions are the same
+        :return: action vectors a, (B, A)
+        """
+        pre_activation = self.pre_activation(observation)
+        return self.actions.activation(pre_activation, self.actions.sample_gumbel(pre_activation) if sample else None)
+
+    def explore(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
+        """
+        The action for an observation in a rollout: with exploration noise, before decoding and scaling.
+
+        :param observation: as the environment gives it, (B, ...) or a dict of these
+        :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]; half of it is used for
+            discrete actions
+        :return: action vectors, (B, A)
+        """
+        with th.no_grad():
+            return self.actions.add_noise(self.act(observation, sample=True), noise)
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actions.act(self.pre_activation(observation), deterministic)
+        return self.actions.decode(self.act(observation, sample=not deterministic))
 
     def predict(
         self,
@@ -291,35 +336,6 @@ class MRQPolicy(BasePolicy):
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)
         return np.asarray(actions, dtype=self.action_space.dtype), state
-
-    def explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
-        """
-        Act as where transitions are collected: with exploration noise.
-
-        :param observation: a batch of observations, (n_envs, ...)
-        :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]; half of it is used for
-            discrete actions
-        :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
-        :raises DivergedError: if the networks give numbers that are not finite
-        """
-        obs_tensor, _ = self.obs_to_tensor(observation)
-        with th.no_grad():
-            pre_activation = self.pre_activation(obs_tensor)
-            # The largest of them would be a discrete action all the same
-            if not th.isfinite(pre_activation).all():
-                raise DivergedError(f"before its activation, the policy's action is {pre_activation.tolist()}")
-            return self.actions.explore(pre_activation, noise).cpu().numpy()
-
-    @th.no_grad()
-    def explore_tensor(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
-        """
-        As ``explore``, from tensors on the device to a tensor there.
-
-        :param observation: a batch of observations, (n_envs, ...)
-        :param noise: standard deviation of the exploration noise
-        :return: (n_envs, action_dim)
-        """
-        return self.actions.explore(self.pre_activation(observation), noise)
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
@@ -350,16 +366,43 @@ class MRQPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        online = (self.encoder, self.critic, self.actor)
-        targets = (self.encoder_target, self.critic_target, self.actor_target)
-        # To visit every module for each action would take as long as to compute it
-        if all(module.training == mode for module in (self, *online)) and not any(target.training for target in targets):
-            return
-        for network in online:
-            network.train(mode)
-        for target in targets:
-            target.train(False)
         self.training = mode
+        for name, modules in self._mode_dependent.items():
+            getattr(self, name).training = mode
+            for module in modules:
+                module.train(mode)
+
+    def train(self, mode: bool = True) -> "MRQPolicy":
+        """
+        Put the policy in either training or evaluation mode, see ``set_training_mode``.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        :return: the policy
+        """
+        self.set_training_mode(mode)
+        return self
+
+
+def modules_that_depend_on_the_mode(network: nn.Module) -> list[nn.Module]:
+    """
+    :param network: a network
+    :return: the modules in it whose behaviour may depend on whether they are in training or evaluation mode. Those of this
+        package and the usual layers of torch do not, so that switching the mode costs nothing for most networks.
+    """
+    if type(network) not in INDEPENDENT_OF_THE_MODE:
+        return [network]
+    return [module for child in network.children() for module in modules_that_depend_on_the_mode(child)]
+
+
+# Exact types: a subclass may override ``train`` or read ``training``
+INDEPENDENT_OF_THE_MODE = frozenset(
+    {
+        *(Encoder, StateEncoder, StateActionEncoder, MDPPredictor, Critic, Actor, EnsembleLinear, LayerNormActivation),
+        *(MLPExtractor, CNNExtractor, MultiInputExtractor, FlattenExtractor),
+        *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Identity, nn.Linear, nn.Conv2d, nn.LayerNorm),
+        *(nn.ELU, nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Mish, nn.MaxPool2d, nn.AvgPool2d),
+    }
+)
 
 
 MlpPolicy = MRQPolicy

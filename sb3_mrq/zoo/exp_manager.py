@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import NAME, VEC_NORMALIZE, newest_with_model
+from sb3_mrq.persist.checkpoints import NAME, VEC_NORMALIZE, newest_with_model
 from sb3_mrq.zoo.configuration import (
     ConfigurationError,
     check_configuration_file,

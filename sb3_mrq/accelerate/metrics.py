@@ -2,8 +2,6 @@
 Numbers that stay on the device: means of what updates report, and what updates read that changes during training.
 """
 
-from collections.abc import Sequence
-
 import torch as th
 
 
@@ -11,29 +9,32 @@ class MetricMeans:
     """
     Means of what updates report, summed up on the device until they are asked for.
 
-    :param names: of the metrics
     :param device: of the metrics
     """
 
-    def __init__(self, names: Sequence[str], device: th.device):
-        self.names = names
-        # The last one counts
-        self._sums = th.zeros(len(names) + 1, device=device)
+    def __init__(self, device: th.device):
+        self.device = device
+        self._names: list[str] = []
+        # The last one counts the updates
+        self._sums = th.zeros(1, device=device)
         self._one = th.ones((), device=device)
 
-    def add(self, metrics: Sequence[th.Tensor]) -> None:
+    def add(self, metrics: dict[str, th.Tensor]) -> None:
         """
-        :param metrics: 0-d tensors, in the order of the names
+        :param metrics: 0-d tensors by name, the same names each time
         """
-        self._sums.add_(th.stack([*metrics, self._one]))
+        if not self._names:
+            self._names = list(metrics)
+            self._sums = th.zeros(len(metrics) + 1, device=self.device)
+        self._sums.add_(th.stack([*metrics.values(), self._one]))
 
     def take(self) -> dict[str, float]:
         """
-        :return: the means of what was added since the last call, none if that was nothing
+        :return: the means since the last call, empty if nothing was added
         """
         *sums, count = self._sums.tolist()
         self._sums.zero_()
-        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
+        return {name: value / count for name, value in zip(self._names, sums, strict=True)} if count else {}
 
 
 class Scalars:

@@ -1,5 +1,5 @@
 """
-In which precision matrix products are fast, and in which they are computed where that is left open.
+In which precision matrix products are fast, and which one is the automatic choice.
 """
 
 import platform
@@ -9,9 +9,6 @@ from contextlib import contextmanager
 
 import torch as th
 from torch import nn
-
-#: in which networks can compute; ``"auto"`` stands for one of them
-PRECISIONS = ("float32", "tf32", "bfloat16")
 
 # Packages whose modules, but for convolutions, automatic_precision trusts with bfloat16
 KNOWN_PACKAGES = ("torch", "sb3_mrq")

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch as th
+from torch.utils._pytree import tree_leaves
 
 
 class CompiledFunction:
     """
-    A function compiled by ``torch.compile`` when it is first called, or the function itself where that fails: for want of a
-    C++ compiler, say, or because a user's network cannot be compiled.
+    A function compiled by ``torch.compile`` when it is first called. If compiling fails, for example because there is no C++
+    compiler, the function itself is called from then on.
 
     :param function: from tensors to tensors
-    :param give_up: called with the error where it fails; like the function it may be a method of what is copied with this
-    :param trial: context in which it is called for the first time, only to see whether it works
+    :param give_up: called with the error if compiling fails
+    :param trial: context of the first call, which only finds out whether it works
     """
 
     def __init__(
@@ -66,18 +67,11 @@ class CompiledFunction:
                 compiled = th.compile(self.function, dynamic=False)
                 outputs = compiled(*args)
                 # The backward pass is compiled when it is first run
-                losses_of_it = [output for output in _leaves(outputs) if output.requires_grad]
-                if losses_of_it:
-                    losses_of_it[0].sum().backward()
+                differentiable = [output for output in tree_leaves(outputs) if output.requires_grad]
+                if differentiable:
+                    differentiable[0].sum().backward()
         except Exception as error:
             self.give_up(error)
             return self.function
         return compiled
 
-
-def _leaves(outputs: Any) -> list[th.Tensor]:
-    """
-    :param outputs: a tensor or nested tuples of these
-    :return: the tensors, in order
-    """
-    return [outputs] if isinstance(outputs, th.Tensor) else [leaf for output in outputs for leaf in _leaves(output)]

@@ -47,7 +47,7 @@ class Graph:
     def reset(self) -> None:
         """Throw the graph away, if there is one, and begin anew."""
         self._calls = 0
-        self._waits: str | None = None
+        self._host_sync: str | None = None
         self._replay: Callable[[], None] | None = None
         self._outputs: Any = None
         self._watched: Any = None
@@ -71,8 +71,8 @@ class Graph:
             if self._calls < self.WARM_UP or not self.can_capture(self.device):
                 self._calls += 1
                 return self._run(watched=self._calls == self.WARM_UP)
-            if self._waits is not None:
-                raise CaptureError(f"What waits for the device cannot be captured: {self._waits}")
+            if self._host_sync is not None:
+                raise CaptureError(f"What waits for the device cannot be captured: {self._host_sync}")
             try:
                 with on_device(self.device):
                     self._replay, self._outputs = self.capture(self.function)
@@ -90,7 +90,7 @@ class Graph:
         stream.wait_stream(th.cuda.current_stream(self.device))
         with on_device(self.device), th.cuda.stream(stream):
             if watched:
-                outputs, self._waits = note_waits(self.function)
+                outputs, self._host_sync = detect_host_sync(self.function)
             else:
                 outputs = self.function()
         th.cuda.current_stream(self.device).wait_stream(stream)
@@ -157,7 +157,7 @@ def on_device(device: th.device) -> contextlib.AbstractContextManager:
     return th.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def give_back_memory(device: th.device) -> None:
+def free_cached_memory(device: th.device) -> None:
     """
     Free what models that are gone have left behind on a CUDA device: graphs and what they belong to refer to each other, and
     torch keeps the memory of what is gone.
@@ -170,7 +170,7 @@ def give_back_memory(device: th.device) -> None:
             th.cuda.empty_cache()
 
 
-def note_waits(function: Callable[[], Any]) -> tuple[Any, str | None]:
+def detect_host_sync(function: Callable[[], Any]) -> tuple[Any, str | None]:
     """
     :param function: works on a CUDA device
     :return: what it returns, and what torch says of an operation in it that waits for the device, None if there was none

@@ -1,0 +1,196 @@
+"""
+A copy of the replay buffer on a device, from which batches are sampled there.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging
+from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.buffers.slots import Slots
+
+# What becomes of the priority of a slot that has changed
+KEEP, ZERO, MAX = 0, 1, 2
+
+
+class DeviceCopy:
+    """
+    All slots of a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` on a device, with their priorities, frame stacks as
+    single frames. The buffer goes on storing transitions in the host's memory and tells which slots change; before the next
+    batch these go to the device in one copy. Sampling and the new priorities of a batch are work of the device alone, with
+    static shapes, so that they can be captured as CUDA graphs.
+
+    :param buffer: with at least one transition
+    :param device: with room for ``size_of(buffer)`` bytes
+    :raises CaptureError: for types of observations that torch stores, but hardly computes with
+    """
+
+    def __init__(self, buffer: SubtrajectoryReplayBuffer, device: th.device):
+        self.device = device
+        self._buffer = buffer
+        self._host = buffer.arrays()
+        for name, array in self._host.items():
+            if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+                raise CaptureError(f"{name} are of the type {array.dtype}.")
+        self._n_slots = len(self._host["rewards"])
+        # Padding of a copy of few slots is written here, after the last slot and the frame of zeros
+        self._nowhere = self._n_slots + 1
+        arrays = {name: self._upload(array) for name, array in self._host.items()}
+        self.slots = Slots(arrays, buffer.observation_shapes(), buffer.buffer_size, buffer.n_envs)
+        self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
+        self.priorities = buffer.priorities_class(self._nowhere + 1, device)
+        self.priorities.leaves[: self._n_slots].copy_(buffer.priorities())
+        self.priorities.rebuild(0, self._nowhere + 1)
+
+        # A step of one environment changes four slots at most times
+        self._n_staged = 8 * (1 + buffer.n_envs)
+        self._staging = Staging(
+            {
+                "slots": ((self._n_staged,), th.int64),
+                "priorities": ((self._n_staged,), th.int64),
+                **{name: ((self._n_staged, *array.shape[1:]), array.dtype) for name, array in arrays.items()},
+            },
+            device,
+        )
+        self.write: Callable[[], None] = Graph(self._write_staged, device)
+        self._marked: list[np.ndarray] = []
+        self._activated: list[np.ndarray] = []
+        buffer.attach_copy(self)
+
+    def close(self) -> None:
+        """Free the memory on the device, which graphs that refer to it would keep."""
+        self.slots.arrays.clear()
+        self.write = self._write_staged
+        del self.priorities, self._staging
+
+    @staticmethod
+    def size_of(buffer: SubtrajectoryReplayBuffer) -> int:
+        """
+        :param buffer: a replay buffer
+        :return: bytes that its copy takes
+        """
+        arrays = buffer.arrays()
+        return sum(array.nbytes for array in arrays.values()) + 8 * len(arrays["rewards"])
+
+    def _upload(self, array: np.ndarray) -> th.Tensor:
+        """An array with room for ``_nowhere``, on the device; only pages that have been written to are read."""
+        n = len(array)
+        if not self._buffer.full and self._buffer.n_envs == 1:
+            n = min(n, self._buffer.pos + 1)
+        copy = th.zeros((self._nowhere + 1, *array.shape[1:]), dtype=th.from_numpy(array[:0]).dtype, device=self.device)
+        copy[:n].copy_(th.from_numpy(array[:n]))
+        return copy
+
+    def is_current(self, buffer: SubtrajectoryReplayBuffer) -> bool:
+        """
+        :param buffer: a replay buffer
+        :return: whether this is a copy of the arrays in which it stores observations now
+        """
+        arrays = buffer.arrays()
+        return arrays.keys() == self._host.keys() and all(arrays[name] is array for name, array in self._host.items())
+
+    def mark(self, slots: np.ndarray, activated: bool = False) -> None:
+        """
+        Note that slots have changed on the host.
+
+        :param slots: (n,)
+        :param activated: whether they can be sampled from now on, at the largest priority
+        """
+        self._marked.append(slots)
+        if activated:
+            self._activated.append(slots)
+        if len(self._marked) > 1000:
+            # Many steps without training
+            self._marked = [np.unique(np.concatenate(self._marked))]
+            self._activated = [np.unique(np.concatenate(self._activated))] if self._activated else []
+
+    def flush(self) -> None:
+        """Copy what has changed on the host."""
+        if not self._marked:
+            return
+        slots = np.unique(np.concatenate(self._marked))
+        activated = np.isin(slots, np.concatenate([slots[:0], *self._activated]))
+        changes = np.where(self._buffer.sampleable(slots), np.where(activated, MAX, KEEP), ZERO)
+        self._marked.clear()
+        self._activated.clear()
+        for start in range(0, len(slots), self._n_staged):
+            chunk = slots[start : start + self._n_staged]
+            n = len(chunk)
+            staged = self._staging.begin()
+            staged["slots"][:n] = chunk
+            staged["slots"][n:] = self._nowhere
+            staged["priorities"][:n] = changes[start : start + n]
+            staged["priorities"][n:] = ZERO
+            for name, array in self._host.items():
+                np.take(array, chunk, axis=0, out=staged[name][:n])
+            self._staging.send()
+            try:
+                self.write()
+            except CaptureError:
+                # Nothing must be lost. If this cannot be captured the updates cannot either, and say so.
+                self.write = self._write_staged
+                self.write()
+
+    def _write_staged(self) -> None:
+        staged = self._staging.device_arrays
+        slots = staged["slots"]
+        for name, array in self.slots.arrays.items():
+            array.index_copy_(0, slots, staged[name])
+        changes = staged["priorities"]
+        now = self.priorities.get(slots)
+        self.priorities.set(slots, th.where(changes == MAX, self.max_priority, th.where(changes == KEEP, now, 0.0)))
+
+    def read_priorities(self, slots: np.ndarray) -> tuple[th.Tensor, float]:
+        """
+        :param slots: (n,)
+        :return: their priorities on the device, on the host (n,), and the largest one ever assigned
+        """
+        self.flush()
+        return self.priorities.get(th.from_numpy(slots).to(self.device)).cpu(), float(self.max_priority)
+
+    def write_priorities(self, slots: np.ndarray, priorities: th.Tensor, max_priority: float) -> None:
+        """
+        :param slots: (n,)
+        :param priorities: their new priorities, on the host (n,)
+        :param max_priority: the largest one ever assigned
+        """
+        self.priorities.set(th.from_numpy(slots).to(self.device), priorities.to(self.device))
+        self.max_priority.fill_(max_priority)
+
+    def update_priorities(self, indices: th.Tensor, priorities: th.Tensor) -> None:
+        """
+        :param indices: ``indices`` of a sample, since which nothing was added, (B,)
+        :param priorities: positive, (B,)
+        """
+        # After training has diverged, samples must still be slots until the error is raised
+        priorities = priorities.nan_to_num(nan=1.0)
+        self.priorities.set(indices, priorities)
+        th.maximum(self.max_priority, priorities.amax().to(self.max_priority.dtype), out=self.max_priority)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:
+        """
+        As ``SubtrajectoryReplayBuffer.sample``, of what the buffer held at the last ``flush``.
+
+        :param batch_size: Number of sub-trajectories
+        :param env: not used, ``VecNormalize`` works on the host
+        :return: the sub-trajectories
+        """
+        return self._buffer.read(self.slots, self._draw(batch_size), self._buffer.horizon)
+
+    def sample_n_step(self, batch_size: int, env: VecNormalize | None = None) -> NStepSamples:
+        """
+        As ``SubtrajectoryReplayBuffer.sample_n_step``, of what the buffer held at the last ``flush``.
+
+        :param batch_size: Number of transitions
+        :param env: not used, ``VecNormalize`` works on the host
+        :return: the transitions
+        """
+        return self._buffer.read_n_step(self.slots, self._draw(batch_size))
+
+    def _draw(self, batch_size: int) -> th.Tensor:
+        # After training has diverged, priorities may be not numbers. An index beyond the slots would end the device's context,
+        # and with it the chance to raise an error.
+        return self.priorities.sample(batch_size).clamp_max(self._n_slots - 1)

@@ -1,0 +1,8 @@
+"""
+The replay buffer of MR.Q: segments of episodes, sampled by priority.
+"""
+
+from sb3_mrq.buffers.replay_buffer import BufferState, SubtrajectoryReplayBuffer
+from sb3_mrq.buffers.samples import NStepSamples, SubtrajectorySamples
+
+__all__ = ["BufferState", "NStepSamples", "SubtrajectoryReplayBuffer", "SubtrajectorySamples"]

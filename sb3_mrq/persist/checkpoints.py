@@ -1,0 +1,381 @@
+"""
+Checkpoints: a folder each with everything that training depends on, from which it goes on as if it had never stopped.
+
+A checkpoint has its name only once it is complete and on the disk. Until then, and while it is deleted, the name begins with
+``.tmp-``; such a folder is of no use and is cleared away by the next checkpoint.
+"""
+
+import base64
+import contextlib
+import errno
+import gc
+import io
+import json
+import pickle
+import random
+import re
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+
+from sb3_mrq.checks import DivergedError
+from sb3_mrq.persist.files import TEMPORARY, sync_file, sync_folder
+from sb3_mrq.persist.replay_files import ReplayFileError
+
+VERSION = 1
+INFO = "checkpoint.json"
+MODEL = "model.zip"
+# Named as the zoo looks for it beside a model
+REPLAY_BUFFER = "replay_buffer.pkl"
+VEC_NORMALIZE = "vecnormalize.pkl"
+NAME = re.compile(r"(?P<prefix>.+)_(?P<number>\d{6,})_(?P<num_timesteps>\d+)_steps")
+
+
+class CheckpointError(OSError):
+    """
+    A checkpoint could not be written.
+    """
+
+
+class DamagedCheckpointError(ValueError):
+    """
+    A checkpoint is not as it was written.
+    """
+
+
+class Checkpoint(NamedTuple):
+    """
+    A complete checkpoint, as far as its name tells.
+
+    :param path: its folder
+    :param number: running number from 1, over all runs with this prefix in the folder
+    :param num_timesteps: steps of the model it was made after
+    """
+
+    path: Path
+    number: int
+    num_timesteps: int
+
+
+def get_generators(model: Any) -> dict[str, Any]:
+    """
+    :param model: whose action space and device to include
+    :return: the states of all random generators that training draws from, for a JSON file
+    """
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    states = {
+        "python": [version, list(words), gauss],
+        "numpy": numpy_state | {"state": {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]}},
+        "torch": _encode(th.get_rng_state()),
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+    if model.device.type == "cuda":
+        states["cuda"] = [_encode(state) for state in th.cuda.get_rng_state_all()]
+    return states
+
+
+def set_generators(model: Any, states: dict[str, Any]) -> None:
+    """
+    :param model: whose action space and device are meant
+    :param states: from ``get_generators``
+    """
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    key = np.array(states["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(states["numpy"] | {"state": states["numpy"]["state"] | {"key": key}})
+    th.set_rng_state(_decode(states["torch"]))
+    model.action_space.np_random.bit_generator.state = states["action_space"]
+    # Another machine may have another number of them
+    if model.device.type == "cuda":
+        for i, state in enumerate(states.get("cuda", [])[: th.cuda.device_count()]):
+            th.cuda.set_rng_state(_decode(state), i)
+
+
+def _encode(state: th.Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> th.Tensor:
+    return th.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+
+
+def list_checkpoints(folder: str | Path, name_prefix: str = "mrq") -> list[Checkpoint]:
+    """
+    :param folder: where checkpoints are
+    :param name_prefix: what their names begin with
+    :return: the complete ones, newest first
+    """
+    found = []
+    for path in Path(folder).iterdir():
+        match = NAME.fullmatch(path.name)
+        if match and match["prefix"] == name_prefix and path.is_dir():
+            found.append(Checkpoint(path, int(match["number"]), int(match["num_timesteps"])))
+    return sorted(found, key=lambda checkpoint: checkpoint.number, reverse=True)
+
+
+def newest_with_model(folder: str | Path, name_prefix: str = "mrq") -> Path | None:
+    """
+    :param folder: where checkpoints are
+    :param name_prefix: what their names begin with
+    :return: the newest one whose model is there, None if there is none
+    """
+    paths = (checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix))
+    return next((path for path in paths if (path / MODEL).is_file()), None)
+
+
+def write_checkpoint(model: Any, folder: str | Path, name_prefix: str = "mrq", keep_last: int | None = None) -> Path:
+    """
+    Write model, replay buffer, statistics of ``VecNormalize`` and random generators as one unit.
+
+    :param model: a :class:`~sb3_mrq.off_policy_algorithm.ResumableOffPolicyAlgorithm`, not within an update or between a step
+        of the environment and its storing
+    :param folder: an existing folder for checkpoints, for one run of training at a time
+    :param name_prefix: what the names of checkpoints begin with
+    :param keep_last: how many of this run's checkpoints to keep, None for all
+    :return: the folder of the checkpoint
+    :raises CheckpointError: if it cannot be written; complete checkpoints stay as they are then
+    :raises DivergedError: if there is a weight that is not finite, from which training could not go on
+    """
+    if not all(th.isfinite(parameter).all() for parameter in model.policy.parameters()):
+        raise DivergedError("there are weights that are not finite")
+    folder = Path(folder)
+    temporary = None
+    try:
+        _clear(folder, name_prefix)
+        number = max((checkpoint.number for checkpoint in list_checkpoints(folder, name_prefix)), default=0) + 1
+        path = folder / f"{name_prefix}_{number:06d}_{model.num_timesteps}_steps"
+        # A damaged one of that name is not there any more
+        model.damaged_checkpoints = [name for name in model.damaged_checkpoints if name != path.name]
+        temporary = folder / f"{TEMPORARY}{path.name}"
+        temporary.mkdir()
+        _write_files(model, temporary)
+        sync_folder(temporary)
+        temporary.rename(path)
+        sync_folder(folder)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(
+            error.errno or errno.EIO,
+            f"No checkpoint could be written to {folder}: {error.strerror or error}. {_what_remains(folder, name_prefix)}",
+        ) from error
+    if keep_last is not None:
+        _delete_old(folder, name_prefix, model, keep_last)
+    return path
+
+
+def _write_files(model: Any, folder: Path) -> None:
+    if model.run_id is None:
+        model.run_id = uuid4().hex
+    # By way of memory, as an error while writing to a file comes out of torch as one without a reason
+    content = io.BytesIO()
+    model.save(content)
+    (folder / MODEL).write_bytes(content.getbuffer())
+    # Synchronised when it is written, as a file of its own
+    model.save_replay_buffer(folder / REPLAY_BUFFER)
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None:
+        vec_normalize.save(str(folder / VEC_NORMALIZE))
+    info = {
+        "version": VERSION,
+        "run_id": model.run_id,
+        "num_timesteps": model.num_timesteps,
+        **model.get_checkpoint_info(),
+        "generators": get_generators(model),
+        "files": {path.name: _describe_file(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / INFO).write_text(json.dumps({"crc32": _checksum(info), "info": info}))
+    for path in folder.iterdir():
+        sync_file(path)
+
+
+def _describe_file(path: Path) -> dict[str, int]:
+    size = {"size": path.stat().st_size}
+    # The replay buffer may be large, and has checksums of its own
+    return size if path.name == REPLAY_BUFFER else {**size, "crc32": zlib.crc32(path.read_bytes())}
+
+
+def _checksum(info: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
+
+
+def _clear(folder: Path, name_prefix: str) -> None:
+    """Delete what saves and deletions that were cut short have left behind."""
+    for path in folder.iterdir():
+        match = NAME.fullmatch(path.name.removeprefix(TEMPORARY))
+        if path.name.startswith(TEMPORARY) and match and match["prefix"] == name_prefix:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete_old(folder: Path, name_prefix: str, model: Any, keep_last: int) -> None:
+    ours = [checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix) if _is_of(checkpoint.path, model)]
+    # One that could not be resumed from does not count
+    usable = [path for path in ours if path.name not in model.damaged_checkpoints]
+    if len(usable) < keep_last:
+        return
+    for path in ours[ours.index(usable[keep_last - 1]) + 1 :]:
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        try:
+            # Deleting takes a while, in which it would be an incomplete one under the name of a complete one
+            path.rename(temporary)
+        except OSError as error:
+            warnings.warn(f"The old checkpoint {path} could not be deleted: {error}", stacklevel=4)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_of(path: Path, model: Any) -> bool:
+    # Those of other runs are not this one's to delete
+    with contextlib.suppress(DamagedCheckpointError, OSError):
+        return _read_info(path)["run_id"] == model.run_id
+    return False
+
+
+def _what_remains(folder: Path, name_prefix: str) -> str:
+    try:
+        remaining = list_checkpoints(folder, name_prefix)
+    except OSError:
+        return "The folder cannot be read any more."
+    if not remaining:
+        return "It holds no complete checkpoint yet."
+    return f"The newest complete one there is {remaining[0].path.name}, of step {remaining[0].num_timesteps}."
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """
+    :raises DamagedCheckpointError: if it is not as it was written
+    """
+    try:
+        content = json.loads((path / INFO).read_text())
+        info = content["info"]
+        intact = _checksum(info) == content["crc32"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpointError(f"{INFO} cannot be read: {error}") from error
+    if not intact:
+        raise DamagedCheckpointError(f"{INFO} has a wrong checksum")
+    return info
+
+
+def _check_files(path: Path) -> dict[str, Any]:
+    """
+    :param path: a checkpoint
+    :return: its information
+    :raises DamagedCheckpointError: if a file is missing or not as it was written; the replay buffer is checked when it is read
+    :raises ValueError: if it has another version
+    """
+    info = _read_info(path)
+    if info["version"] != VERSION:
+        raise ValueError(f"{path} has the version {info['version']}, of which this version of sb3-mrq knows only {VERSION}.")
+    for name, description in info["files"].items():
+        try:
+            found = _describe_file(path / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{name} cannot be read: {error}") from error
+        if found != description:
+            raise DamagedCheckpointError(f"{name} has another size or checksum than when it was written")
+    return info
+
+
+def resume(
+    model_class: type[Any],
+    folder: str | Path,
+    env: GymEnv | str,
+    device: th.device | str = "auto",
+    name_prefix: str = "mrq",
+    **kwargs: Any,
+) -> Any:
+    """
+    See :meth:`sb3_mrq.off_policy_algorithm.ResumableOffPolicyAlgorithm.resume`.
+    """
+    folder = Path(folder)
+    env = maybe_make_env(env, verbose=0)
+    paths = [folder] if (folder / INFO).exists() else [c.path for c in list_checkpoints(folder, name_prefix)]
+    if not paths:
+        raise FileNotFoundError(errno.ENOENT, f"There is no complete checkpoint {name_prefix}_..._steps", str(folder))
+    damaged: list[str] = []
+    for path in paths:
+        try:
+            model = _resume_from(model_class, path, _check_files(path), env, device, **kwargs)
+        except (DamagedCheckpointError, ReplayFileError) as error:
+            # Not the error itself, through which a replay buffer could be reached that was filled halfway
+            failure = str(error)
+            warnings.warn(f"The checkpoint {path} is damaged, going back to the one before it. {failure}", stacklevel=3)
+        else:
+            model.damaged_checkpoints = damaged
+            return model
+        damaged.append(path.name)
+        # Its memory, before another one is filled
+        gc.collect()
+    raise DamagedCheckpointError(f"No checkpoint in {folder} can be used. The last one tried: {failure}")
+
+
+def _resume_from(
+    model_class: type[Any], path: Path, info: dict[str, Any], env: GymEnv, device: th.device | str, **kwargs: Any
+) -> Any:
+    statistics, training = None, False
+    if VEC_NORMALIZE in info["files"]:
+        with (path / VEC_NORMALIZE).open("rb") as file:
+            statistics = pickle.load(file)
+        training = statistics.training
+        if not isinstance(env, VecEnv):
+            single_env = env if is_wrapped(env, Monitor) else Monitor(env)
+            env = DummyVecEnv([lambda: single_env])
+        if unwrap_vec_normalize(env) is None:
+            # Its own spaces hide those of the environment
+            if statistics.action_space != env.action_space:
+                raise ValueError(f"Action spaces do not match: {statistics.action_space} != {env.action_space}")
+            try:
+                statistics.set_venv(env)
+            except AssertionError as error:
+                raise ValueError(f"The environment is not like that of the run in {path}: {error}") from error
+            env = statistics
+    elif isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+        raise ValueError(f"The environment normalizes with VecNormalize, but that of the run in {path} did not.")
+    model = model_class.load(path / MODEL, env=env, device=device, **kwargs)
+    try:
+        model.load_replay_buffer(path / REPLAY_BUFFER)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{REPLAY_BUFFER} cannot be read: {error}") from error
+    model.run_id = info["run_id"]
+
+    assert model.env is not None and model.replay_buffer is not None
+    size = model.replay_buffer.buffer_size * model.n_envs
+    if "buffer_size" in kwargs and kwargs["buffer_size"] // model.n_envs != model.replay_buffer.buffer_size:
+        warnings.warn(
+            f"The replay buffer keeps the {size} slots it had, not buffer_size={kwargs['buffer_size']}.", stacklevel=4
+        )
+        model.buffer_size = size
+    # Loading has seeded it as at the beginning of the run, whose first episodes would come again
+    entropy = None if model.seed is None else [model.seed, model.num_timesteps]
+    model.env.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
+    vec_normalize = model.get_vec_normalize_env()
+    if vec_normalize is not None:
+        assert statistics is not None
+        own = {"observation_space", "action_space", "num_envs", "render_mode", "old_obs", "old_reward", "venv", "training"}
+        vec_normalize.__dict__.update({name: value for name, value in vars(statistics).items() if name not in own})
+        # The statistics already count the observation that the reset gives
+        vec_normalize.training = False
+    model._last_obs = model.env.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
+    if vec_normalize is not None:
+        vec_normalize.training = training
+        model._last_original_obs = vec_normalize.get_original_obs()
+
+    model.on_resume(info)
+    model.resumed_generators = info["generators"]
+    set_generators(model, info["generators"])
+    return model

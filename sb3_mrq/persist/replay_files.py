@@ -1,0 +1,302 @@
+"""
+Replay buffers as files: plain arrays after a small JSON header, versioned and with checksums. Reading one runs no code.
+
+A file is, all numbers little-endian:
+
+- 8 bytes by which it is recognised, whatever its name, and the version of the format, 4 bytes,
+- length of the header, 8 bytes, its CRC-32, 4 bytes, and the header: a JSON object with what the buffer was made for, its
+  numbers, and name, type and shape of each array,
+- the arrays in that order, each in chunks of ``CHUNK`` bytes that are followed by a CRC-32 of everything since the header. Of
+  arrays with an entry for each slot of the buffer only those slots are there that were ever written to.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from stable_baselines3.common.save_util import open_path
+
+from sb3_mrq.buffers import BufferState, SubtrajectoryReplayBuffer
+from sb3_mrq.persist.files import atomic_file
+from sb3_mrq.persist.spaces import describe_space, show_space
+
+MAGIC = b"\x93MRQBUF\n"
+VERSION = 1
+CHUNK = 4 << 20
+# Version, length of the header, checksum of the header
+PREAMBLE = struct.Struct("<IQI")
+CHECKSUM = struct.Struct("<I")
+MAX_HEADER = 1 << 28
+
+Path = str | pathlib.Path | io.BufferedIOBase
+
+
+class ReplayFileError(ValueError):
+    """
+    A file is no replay buffer, or a damaged one.
+    """
+
+
+def other_buffer_error(name: str, theirs: Any, ours: Any) -> ValueError:
+    """
+    :param name: in what a buffer differs from what it should be
+    :param theirs: what the buffer has
+    :param ours: what it should have
+    :return: the error to raise
+    """
+    return ValueError(
+        f"The replay buffer was made for another {name}: {theirs}, but the model has {ours}. Use the same one as when the "
+        "buffer was saved, or start with an empty buffer."
+    )
+
+
+def _segments(state: BufferState, written: np.ndarray, slots_per_env: int) -> Iterator[memoryview]:
+    """
+    :param state: arrays of a buffer
+    :param written: how many slots of each environment's ring to take
+    :param slots_per_env: slots of a ring
+    :return: memory of the arrays, piece by piece, in the order of the file
+    """
+    for array in state.environments.values():
+        yield array.reshape(-1).view(np.uint8).data
+    for array in state.slots.values():
+        for env, n in enumerate(written):
+            rows = array[env * slots_per_env : env * slots_per_env + n]
+            if rows.size:
+                yield rows.reshape(-1).view(np.uint8).data
+
+
+def _chunks(state: BufferState, written: np.ndarray, slots_per_env: int) -> Iterator[memoryview]:
+    for memory in _segments(state, written, slots_per_env):
+        for first in range(0, len(memory), CHUNK):
+            yield memory[first : first + CHUNK]
+
+
+def _array_list(state: BufferState) -> list[list[Any]]:
+    arrays = [*state.environments.items(), *state.slots.items()]
+    return [[name, array.dtype.str, list(array.shape)] for name, array in arrays]
+
+
+def write_replay_buffer(file: BinaryIO, buffer: SubtrajectoryReplayBuffer) -> None:
+    """
+    :param file: binary file, written from where it stands
+    :param buffer: the buffer to write
+    """
+    state = buffer.get_state()
+    header = {
+        "buffer_size": buffer.buffer_size,
+        "n_envs": buffer.n_envs,
+        "horizon": buffer.horizon,
+        "n_steps": buffer.n_steps,
+        "observation_space": describe_space(buffer.observation_space),
+        "action_space": describe_space(buffer.action_space),
+        "numbers": state.numbers,
+        "written": state.written.tolist(),
+        "arrays": _array_list(state),
+    }
+    text = json.dumps(header).encode()
+    checksum = zlib.crc32(text)
+    file.write(MAGIC + PREAMBLE.pack(VERSION, len(text), checksum) + text)
+    for chunk in _chunks(state, state.written, buffer.buffer_size):
+        checksum = zlib.crc32(chunk, checksum)
+        file.write(chunk)
+        file.write(CHECKSUM.pack(checksum))
+
+
+def _read(file: BinaryIO, n: int) -> bytes:
+    data = file.read(n)
+    if len(data) < n:
+        raise ReplayFileError("it is truncated: it ends within the header")
+    return data
+
+
+def _read_into(file: Any, memory: memoryview) -> int:
+    """
+    :return: bytes read, fewer than asked for at the end of the file
+    """
+    n = 0
+    while n < len(memory):
+        more = file.readinto(memory[n:])
+        if not more:
+            break
+        n += more
+    return n
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """
+    :return: the header, and its checksum
+    :raises ReplayFileError: if there is none, or one that cannot be read
+    """
+    magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        if magic[:1] == b"\x80":
+            raise ReplayFileError(
+                "it is a pickle. Loading a pickle runs whatever code is in it, so replay buffers of MR.Q are not pickled: "
+                "save the buffer with the save_replay_buffer of MRQ"
+            )
+        if magic[:2] == b"PK":
+            raise ReplayFileError("it is a zip file, such as a saved model")
+        if MAGIC.startswith(magic):
+            raise ReplayFileError(f"it is truncated: it has only {len(magic)} bytes")
+        raise ReplayFileError("it does not begin as replay buffers of MR.Q do")
+    version, length, checksum = PREAMBLE.unpack(_read(file, PREAMBLE.size))
+    if version != VERSION:
+        raise ReplayFileError(
+            f"its format has the version {version}, of which this version of sb3-mrq knows only {VERSION}, or it is damaged"
+        )
+    if length > MAX_HEADER:
+        raise ReplayFileError(f"it is damaged: its header would have {length} bytes")
+    text = _read(file, length)
+    if zlib.crc32(text) != checksum:
+        raise ReplayFileError("it is damaged: the checksum of the header is wrong")
+    return json.loads(text), checksum
+
+
+def _size_of_arrays(header: dict[str, Any], n_per_environment: int) -> int:
+    """
+    :return: bytes that follow the header, checksums included
+    """
+    total = 0
+    for i, (_, dtype, shape) in enumerate(header["arrays"]):
+        row = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        for n in [shape[0]] if i < n_per_environment else header["written"]:
+            total += n * row + -(-n * row // CHUNK) * CHECKSUM.size
+    return total
+
+
+def _bytes_left(file: BinaryIO) -> int | None:
+    if not file.seekable():
+        return None
+    here = file.tell()
+    end = file.seek(0, os.SEEK_END)
+    file.seek(here)
+    return end - here
+
+
+def _fill(file: BinaryIO, header: dict[str, Any], checksum: int, state: BufferState, exact: bool) -> None:
+    """
+    Read the arrays that follow the header.
+
+    :param exact: whether the file must end after them
+    :raises ReplayFileError: if they are not there, or damaged
+    """
+    for theirs, ours in zip(header["arrays"], _array_list(state), strict=False):
+        if theirs != ours:
+            raise ReplayFileError(f"it has the array {theirs}, where {ours} (name, type and shape) belongs")
+    if len(header["arrays"]) != len(state.environments) + len(state.slots):
+        raise ReplayFileError(f"it has {len(header['arrays'])} arrays, not {len(state.environments) + len(state.slots)}")
+    written = header["written"]
+    if len(written) != header["n_envs"] or not all(0 <= n <= header["buffer_size"] for n in written):
+        raise ReplayFileError(
+            f"it has {written} slots, of {header['buffer_size']} for each of {header['n_envs']} environments"
+        )
+
+    expected, there = _size_of_arrays(header, len(state.environments)), _bytes_left(file)
+    if there is not None and there < expected:
+        raise ReplayFileError(f"it is truncated: {there} bytes of {expected} are left after the header")
+    if exact and there is not None and there > expected:
+        raise ReplayFileError(f"it is damaged: {there - expected} bytes too many follow")
+    stored = bytearray(CHECKSUM.size)
+    n_read = 0
+    for chunk in _chunks(state, written, header["buffer_size"]):
+        n = _read_into(file, chunk)
+        checksum = zlib.crc32(chunk, checksum)
+        n += _read_into(file, memoryview(stored))
+        if n < len(chunk) + CHECKSUM.size:
+            raise ReplayFileError(f"it is truncated: {n_read + n} bytes of {expected} follow the header")
+        if CHECKSUM.unpack(stored)[0] != checksum:
+            raise ReplayFileError(f"it is damaged: a checksum is wrong, {n_read} to {n_read + n} bytes after the header")
+        n_read += n
+
+
+def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: bool = False) -> SubtrajectoryReplayBuffer:
+    """
+    :param file: binary file, read from where it stands
+    :param like: a buffer for the same environments, which is left as it is
+    :param exact: whether the file must end after the buffer
+    :return: a buffer like that, of the size and with what is in the file
+    :raises ReplayFileError: if the file is no replay buffer, or damaged
+    :raises ValueError: if it is one for other environments
+    """
+    header, checksum = _read_header(file)
+    try:
+        for name, theirs, ours in (
+            ("number of environments", header["n_envs"], like.n_envs),
+            ("horizon", header["horizon"], like.horizon),
+            ("n_steps", header["n_steps"], like.n_steps),
+            *(
+                (name.replace("_", " "), header[name], describe_space(getattr(like, name)))
+                for name in ("observation_space", "action_space")
+            ),
+        ):
+            if theirs != ours:
+                both = (show_space(value) if isinstance(value, dict) else value for value in (theirs, ours))
+                raise other_buffer_error(name, *both)
+        buffer = like.empty_copy(header["buffer_size"])
+    except (KeyError, TypeError) as error:
+        raise ReplayFileError(f"its header cannot be understood: {error!r}") from error
+    try:
+        buffer.set_state(header["numbers"], lambda state: _fill(file, header, checksum, state, exact))
+    except ReplayFileError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplayFileError(f"its contents do not fit together: {error}") from error
+    return buffer
+
+
+def _target(path: str | pathlib.Path) -> pathlib.Path:
+    """
+    :param path: what the user asks to write to
+    :return: the file to write to, named as SB3 does, in a folder that exists
+    """
+    path = pathlib.Path(path)
+    if path.suffix == "":
+        path = path.with_name(f"{path.name}.pkl")
+    if path.is_dir():
+        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=4)
+        path = path.with_name(f"{path.name}_2")
+    if not path.parent.exists():
+        warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def save_replay_buffer(path: Path, buffer: SubtrajectoryReplayBuffer) -> None:
+    """
+    :param path: where to: a path, which takes the suffix ``.pkl`` where it has none, as in SB3, or a file. Under a path there
+        is at any moment what was there before, or all of the buffer.
+    :param buffer: the buffer to save
+    """
+    if isinstance(path, (str, pathlib.Path)):
+        with atomic_file(_target(path)) as file:
+            write_replay_buffer(file, buffer)
+    else:
+        write_replay_buffer(open_path(path, "w"), buffer)
+
+
+def load_replay_buffer(path: Path, like: SubtrajectoryReplayBuffer, verbose: int = 0) -> SubtrajectoryReplayBuffer:
+    """
+    :param path: where from: a path, with or without the suffix ``.pkl``, or a file
+    :param like: a buffer for the same environments, which is left as it is
+    :param verbose: Verbosity level
+    :return: a buffer like that, of the size and with what is in the file
+    :raises ReplayFileError: if the file is no replay buffer, or damaged
+    :raises ValueError: if it is one for other environments
+    """
+    is_path = isinstance(path, (str, pathlib.Path))
+    file = open_path(path, "r", verbose=verbose, suffix="pkl")
+    with file if is_path else contextlib.nullcontext(file):
+        try:
+            return read_replay_buffer(file, like, exact=is_path)
+        except ReplayFileError as error:
+            name = path if is_path else "The file"
+            raise ReplayFileError(f"{name} cannot be loaded as a replay buffer: {error}.") from error

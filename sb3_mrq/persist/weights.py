@@ -1,0 +1,117 @@
+"""
+Weights alone, in the safetensors format, for sharing: no pickle, so that loading them runs no code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch as th
+from safetensors import SafetensorError, safe_open
+
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
+
+from sb3_mrq.persist.files import atomic_file
+from sb3_mrq.persist.spaces import describe_space, show_space
+
+FORMAT = "sb3-mrq weights 1"
+# Files of 0.1 hold the reward scales next to the weights, under these names. They are buffers of the critics since then.
+REWARD_SCALES = {"reward_scale": "critic.reward_scale", "target_reward_scale": "critic_target.reward_scale"}
+
+
+def _target(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix else path.with_name(f"{path.name}.safetensors")
+
+
+def save_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
+    """
+    Save the weights of all networks, targets included, and the reward scales, which are the units of the values, but no
+    optimiser, hyperparameter or replay buffer.
+
+    :param model: the model
+    :param path: the file, to which ``.safetensors`` is added where it has no suffix. At any moment it is what was there
+        before, or complete.
+    """
+    parameters = model.get_parameters()
+    # Copies, since safetensors refuses tensors that share memory
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=th.contiguous_format) for name, value in parameters["policy"].items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "observation_space": json.dumps(describe_space(model.observation_space)),
+        "action_space": json.dumps(describe_space(model.action_space)),
+    }
+    data = safetensors.torch.save(tensors, metadata)
+    with atomic_file(_target(path)) as file:
+        file.write(data)
+
+
+def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
+    """
+    Give a model the weights in a file. Its networks must be of the same architecture.
+
+    :param model: the model, whose optimisers and hyperparameters stay as they are
+    :param path: the file, with or without the suffix ``.safetensors``
+    :raises ValueError: if it is no such file, or one for other spaces or another architecture; the model stays as it is then
+    """
+    path = path if Path(path).is_file() else _target(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} does not hold weights of MR.Q, or those of another version of sb3-mrq.")
+    for name in ("observation_space", "action_space"):
+        theirs, ours = json.loads(metadata[name]), describe_space(getattr(model, name))
+        if theirs != ours:
+            raise ValueError(
+                f"The weights in {path} are for another {name.replace('_', ' ')}: {show_space(theirs)}, but the model has "
+                f"{show_space(ours)}."
+            )
+    if "reward_scales" in metadata:
+        scales = json.loads(metadata["reward_scales"])
+        weights |= {key: th.tensor(float(scales[name])) for name, key in REWARD_SCALES.items() if name in scales}
+    present = model.policy.state_dict()
+    for name in sorted(weights.keys() | present.keys()):
+        shape, expected = (tuple(values[name].shape) if name in values else "none" for values in (weights, present))
+        if shape != expected:
+            raise ValueError(
+                f"The weights in {path} are for another architecture: {name} has the shape {shape}, not {expected}. Give the "
+                "model the policy and policy_kwargs with which they were trained."
+            )
+    model.set_parameters({"policy": weights}, exact_match=False)
+
+
+def take_over_reward_scales(model: Any) -> None:
+    """
+    :param model: an ``MRQ``, with the attributes in a file. Those of 0.1 hold the reward scales among them.
+    """
+    for name, key in REWARD_SCALES.items():
+        if name in model.__dict__:
+            model.policy.get_buffer(key).fill_(model.__dict__.pop(name))
+
+
+def with_reward_scales(model: Any, given: str | dict[str, Any], device: th.device | str) -> dict[str, Any]:
+    """
+    :param model: an ``MRQ``
+    :param given: parameters for it, or a file of them
+    :param device: where to load them
+    :return: the parameters, in which the policy has reward scales: the given ones, else those of the model
+    """
+    if not isinstance(given, dict):
+        given = load_from_zip_file(given, device=device, load_data=False)[1]
+    parameters: dict[str, Any] = dict(given)
+    scales = parameters.pop("reward_scales", {})
+    if "policy" in parameters:
+        present = {key: model.policy.get_buffer(key) for key in REWARD_SCALES.values()}
+        present |= {key: th.tensor(float(scales[name])) for name, key in REWARD_SCALES.items() if name in scales}
+        parameters["policy"] = present | parameters["policy"]
+    return parameters

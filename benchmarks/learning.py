@@ -22,7 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 import sb3_mrq.envs  # noqa: F401
 from benchmarks.evaluation import COLUMNS, EvaluationCallback, machine, versions
 from sb3_mrq import MRQ
-from sb3_mrq.precision import PRECISIONS
+from sb3_mrq.hyperparameters import PRECISIONS
 
 
 def make_env(task: str) -> gym.Env:

@@ -36,7 +36,7 @@ from matplotlib.ticker import FuncFormatter
 from rliable import library, metrics
 
 from benchmarks.scales import IN_WORDS, scale_of
-from sb3_mrq.precision import PRECISIONS
+from sb3_mrq.hyperparameters import PRECISIONS
 
 #: id of the environment from the name in the published files, by file
 PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-visual/{}-v0", "atari.csv": "ALE/{}"}

@@ -39,10 +39,10 @@ from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
-from sb3_mrq.device_training import release
+from sb3_mrq.accelerate.updates import release
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
-from sb3_mrq.precision import bfloat16_is_fast
+from sb3_mrq.accelerate.precision import bfloat16_is_fast
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)

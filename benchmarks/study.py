@@ -43,9 +43,9 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.evaluation import COLUMNS, new_file
-from sb3_mrq.checkpoints import newest_with_model
+from sb3_mrq.persist.checkpoints import newest_with_model
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
-from sb3_mrq.files import atomic_file
+from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.zoo.configuration import closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 

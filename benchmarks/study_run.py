@@ -26,7 +26,7 @@ from benchmarks.study import STUDY_PROCESS, VERSIONS, read_json
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.checks import subspaces_of
-from sb3_mrq.files import atomic_file
+from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 

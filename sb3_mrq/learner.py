@@ -289,9 +289,7 @@ class Learner:
         with self._autocast():
             next_z_s = self.encoder_target.state(samples.next_observations)
             next_action = self.actions.activation(self.actor_target(next_z_s).to(dtype), noise.target_gumbel)
-            next_action = self.actions.smooth(
-                next_action, noise.target_normal, of.target_policy_noise, of.target_noise_clip
-            )
+            next_action = self.actions.smooth(next_action, noise.target_normal, of.target_policy_noise, of.target_noise_clip)
             next_q = self.critic_target.value(self.critic_target(self.encoder_target.state_action(next_z_s, next_action)))
             z_s = self.encoder.state(samples.observations)
             z_sa = self.encoder.state_action(z_s, samples.actions)
@@ -326,9 +324,7 @@ class Learner:
         with self._autocast():
             pre_activation = self.actor(z_s).to(dtype)
             action = self.actions.activation(pre_activation, gumbel)
-            q = self.critic.value(
-                with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action))
-            )
+            q = self.critic.value(with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action)))
         return losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
 
     def priorities(self, q: th.Tensor, target: th.Tensor) -> th.Tensor:

@@ -62,8 +62,8 @@ def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
 
 def dynamics_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
-    Squared error of the predicted embeddings (equation 15 of the paper). As in the other terms of the encoder loss, the mean runs
-    over the whole batch, masked entries included; the sum over the horizon is not averaged.
+    Squared error of the predicted embeddings (equation 15 of the paper). As in the other terms of the encoder loss, the mean
+    runs over the whole batch, masked entries included; the sum over the horizon is not averaged.
 
     :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
     :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)

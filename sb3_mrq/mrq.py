@@ -67,8 +67,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         target networks. Each also renews the reward scale, and is followed by as many encoder updates.
     :param encoder_learning_rate: learning rate of the encoder,
         it can be a function of the current progress remaining (from 1 to 0)
-    :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. Half of it is
-        added to the one-hot vectors of discrete actions. ``target_policy_noise`` and ``target_noise_clip`` are halved, too.
+    :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. Half of it
+        is added to the one-hot vectors of discrete actions. ``target_policy_noise`` and ``target_noise_clip`` are halved, too.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
     :param max_grad_norm: Bound on the gradient norm of the value heads, None for no bound

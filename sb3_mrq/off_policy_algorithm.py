@@ -1,6 +1,5 @@
 """
-Stable-Baselines3's ``OffPolicyAlgorithm``, stoppable by signals, resumable from checkpoints, and strict about what environments
-give.
+Stable-Baselines3's ``OffPolicyAlgorithm``, stoppable by signals, resumable from checkpoints, strict about environments.
 """
 
 import contextlib
@@ -304,8 +303,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             model = MRQ.resume("checkpoints", env)
             model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)
 
-        If environments are deterministic and the checkpoint was made between episodes, this gives the same weights, to the last
-        bit, as a run that was never interrupted, on the same machine with the same versions and number of threads. Random
+        If environments are deterministic and the checkpoint was made between episodes, this gives the same weights, to the
+        last bit, as a run that was never interrupted, on the same machine with the same versions and number of threads. Random
         environments are seeded by the model's seed and the number of steps so far: their episodes are new ones. An episode
         that was running is truncated. The random generators are set when ``resume`` ends, and again when learning starts.
 
@@ -356,5 +355,12 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.replay_buffer = replay_buffer
 
     def _excluded_save_params(self) -> list[str]:
-        of_this_process = ["run_id", "damaged_checkpoints", "resumed_generators", "stop_signals", "while_learning", "_env_steps"]
+        of_this_process = [
+            "run_id",
+            "damaged_checkpoints",
+            "resumed_generators",
+            "stop_signals",
+            "while_learning",
+            "_env_steps",
+        ]
         return [*super()._excluded_save_params(), *of_this_process]

@@ -292,8 +292,8 @@ class MRQPolicy(BasePolicy):
 
     def act(self, observation: PyTorchObs, sample: bool) -> th.Tensor:
         """
-        The action for an observation, from tensors to tensors, before noise, decoding and scaling: what a subclass changes that
-        acts in another way.
+        The action for an observation, from tensors to tensors, before noise, decoding and scaling. A subclass that acts in
+        another way overrides this.
 
         :param observation: as the environment gives it, (B, ...) or a dict of these
         :param sample: whether to sample from the Gumbel-softmax of discrete actions; Box actions are the same

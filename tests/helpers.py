@@ -2,11 +2,14 @@
 
 import resource
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch as th
 from torch import nn
 
+from sb3_mrq.accelerate.updates import Updates
+from sb3_mrq.buffers import NStepSamples, SubtrajectorySamples
 from sb3_mrq.hyperparameters import UpdateHyperparameters
 from sb3_mrq.learner import Learner
 from sb3_mrq.networks import Actor, Critic, Encoder
@@ -24,6 +27,7 @@ PAPER = dict(
     pre_activation_weight=1e-5,
     priority_alpha=0.4,
     min_td_error=1.0,
+    random_shift_pad=0,
     precision="float32",
 )
 NETWORKS = ("encoder", "critic", "actor")
@@ -35,9 +39,23 @@ def make_policy(observation_space, action_space, policy_class=MlpPolicy, lr=3e-4
     return policy_class(observation_space, action_space, lambda _: lr, encoder_lr_schedule=lambda _: encoder_lr, **kwargs)
 
 
-def make_learner(policy, compiled=False, **hyperparameters):
-    """A learner on the networks of a policy, with the paper's constants where none are given."""
-    return Learner(policy, UpdateHyperparameters(**(PAPER | hyperparameters)), compiled)
+def make_learner(policy, compiled=False, preprocessed=True, **hyperparameters):
+    """
+    A learner on the networks of a policy, with the paper's constants where none are given.
+
+    :param preprocessed: whether the observations that it gets are preprocessed already
+    """
+    learner = Learner(policy, UpdateHyperparameters(**(PAPER | hyperparameters)))
+    if preprocessed:
+        learner.prepare_observation = as_they_are
+    if compiled:
+        learner.updates = Updates(learner, th.device("cpu"))
+        learner.updates.compile(True)
+    return learner
+
+
+def as_they_are(obs):
+    return obs
 
 
 def continuation_mask(ended):
@@ -45,10 +63,29 @@ def continuation_mask(ended):
     return th.cat([th.ones_like(ended[:, :1]), th.cumprod(1 - ended[:, :-1], dim=1)], dim=1)
 
 
-def update_encoder(learner, obs, *batch, **kwargs):
-    """One encoder update, with the preprocessed observations s_0 to s_H in one tensor, (B, H + 1, ...)."""
-    first_obs, *next_obs = obs.unbind(dim=1)
-    return learner.update_encoder(first_obs, next_obs, *batch, **kwargs)
+def stored(learner, actions):
+    """Action vectors, (..., A), in the form of the replay buffer."""
+    return learner.actions.decode(actions.flatten(0, -2)).unflatten(0, actions.shape[:-1])
+
+
+def update_encoder(learner, obs, actions, rewards, terminated, mask, termination_switch=1.0):
+    """One encoder update, with the observations s_0 to s_H in one tensor, (B, H + 1, ...), and action vectors."""
+    learner.termination_switch = th.as_tensor(termination_switch)
+    samples = SubtrajectorySamples(obs, stored(learner, actions), rewards, terminated, mask)
+    return SimpleNamespace(**learner.update_encoder(samples))
+
+
+def update_value_and_policy(learner, obs, actions, rewards, terminated, mask, next_obs, noise=None):
+    """One value and policy update, with action vectors."""
+    samples = NStepSamples(obs, stored(learner, actions), rewards, terminated, mask, next_obs)
+    priorities, metrics = learner.update_value_and_policy(samples, noise)
+    return priorities, SimpleNamespace(**metrics)
+
+
+def set_scales(policy, reward_scale, target_reward_scale):
+    """Set rbar and rbar'."""
+    policy.critic.reward_scale.fill_(reward_scale)
+    policy.critic_target.reward_scale.fill_(target_reward_scale)
 
 
 def layout(network):

@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.subproc_vec_env import _stack_obs
 
 import sb3_mrq
-from sb3_mrq.buffers import ENDED, STORED
+from sb3_mrq.buffers.slots import ENDED, HAS_TRANSITION
 
 # Cases are many times as many in the long profile, which searches for longer
 TIMES = 20 if os.environ.get("SB3_MRQ_HYPOTHESIS_PROFILE") == "long" else 1
@@ -280,7 +280,7 @@ def check_buffer(buffer):
     if not buffer._storages:
         assert buffer.size() == buffer.n_sampleable == 0
         return
-    stored = np.flatnonzero(buffer._flags & STORED)
+    stored = np.flatnonzero(buffer._flags & HAS_TRANSITION)
     places, probabilities = buffer.sampling_probabilities()
     assert buffer.size() == len(stored)
     assert buffer.n_sampleable == len(places)

@@ -124,10 +124,20 @@ def test_box_smoothing(std, clip):
     assert np.isclose((smoothed - action).min(), -clip, atol=1e-6)
 
 
+def act(actions, u, deterministic):
+    """Stored form of the action for pre-activations, as policies compute it."""
+    return actions.decode(actions.activation(u, None if deterministic else actions.sample_gumbel(u)))
+
+
+def explore(actions, u, std):
+    """The same in a rollout."""
+    return actions.decode(actions.add_noise(actions.activation(u, actions.sample_gumbel(u)), std))
+
+
 def test_box_exploration_noise():
     """Normal with the given standard deviation around tanh(u), independent in every entry."""
     u = np.array([-0.4, 0.0, 0.3])
-    explored = make_actions(BOXES["symmetric"]).explore(th.as_tensor(u).float().expand(20_000, 3), 0.2).numpy()
+    explored = explore(make_actions(BOXES["symmetric"]), th.as_tensor(u).float().expand(20_000, 3), 0.2).numpy()
     noise = explored - np.tanh(u)
     for dim in range(3):
         assert abs(noise[:, dim].mean()) < 0.006
@@ -139,7 +149,7 @@ def test_box_exploration_noise():
 
 def test_box_exploration_stays_in_the_space():
     u = th.tensor([-2.0, 2.0, 0.0]).expand(10_000, 3)
-    explored = make_actions(BOXES["symmetric"]).explore(u, 0.2).numpy()
+    explored = explore(make_actions(BOXES["symmetric"]), u, 0.2).numpy()
     assert explored[:, 0].min() == -1
     assert explored[:, 1].max() == 1
     assert np.abs(explored).max() == 1
@@ -151,7 +161,7 @@ def test_box_exploration_stays_in_the_space():
 def test_box_acting_is_tanh(box, deterministic):
     actions = make_actions(box)
     u = normal(20, actions.dim)
-    np.testing.assert_allclose(actions.act(th.as_tensor(u), deterministic).numpy(), np.tanh(u), rtol=1e-6)
+    np.testing.assert_allclose(act(actions, th.as_tensor(u), deterministic).numpy(), np.tanh(u), rtol=1e-6)
 
 
 def test_box_scaling_there_and_back(box):
@@ -271,7 +281,7 @@ def test_categorical_smoothing(categorical, std, clip):
 def test_categorical_exploration_noise(u, std):
     """The argmax of a Gumbel-softmax plus normal noise of half the standard deviation, against the same drawn in NumPy."""
     n, size, rng = 100_000, len(u), np.random.default_rng(0)
-    chosen = make_actions(spaces.Discrete(size)).explore(th.tensor(u).expand(n, size), std)
+    chosen = explore(make_actions(spaces.Discrete(size)), th.tensor(u).expand(n, size), std)
     assert chosen.shape == (n, 1)
     ours = np.bincount(chosen.flatten(), minlength=size) / n
 
@@ -290,7 +300,7 @@ def test_categorical_exploration_is_in_the_space(categorical):
     """Every value of every dimension is tried."""
     space, sizes, starts = categorical
     actions = make_actions(space)
-    chosen = actions.explore(th.zeros(500, actions.dim), 0.2).numpy()
+    chosen = explore(actions, th.zeros(500, actions.dim), 0.2).numpy()
     for i, (size, start) in enumerate(zip(sizes, starts, strict=True)):
         assert set(chosen[:, i].tolist()) == set(range(start, start + size))
 
@@ -301,7 +311,7 @@ def test_categorical_acting_is_argmax_when_deterministic(categorical):
     u = normal(50, actions.dim)
     expected = [part.argmax(axis=1) + start for part, start in zip(reference.by_dimension(u, sizes), starts, strict=True)]
     for _ in range(2):
-        np.testing.assert_array_equal(actions.act(th.as_tensor(u), deterministic=True).numpy(), np.stack(expected, axis=1))
+        np.testing.assert_array_equal(act(actions, th.as_tensor(u), deterministic=True).numpy(), np.stack(expected, axis=1))
 
 
 def test_categorical_acting_is_a_sample_from_softmax_otherwise(categorical):
@@ -309,7 +319,7 @@ def test_categorical_acting_is_a_sample_from_softmax_otherwise(categorical):
     space, sizes, starts = categorical
     actions = make_actions(space)
     n, u = 20_000, np.linspace(-1, 1, actions.dim) ** 3
-    chosen = actions.act(th.as_tensor(u).float().expand(n, actions.dim), deterministic=False).numpy() - starts
+    chosen = act(actions, th.as_tensor(u).float().expand(n, actions.dim), deterministic=False).numpy() - starts
     assert chosen.shape == (n, len(sizes))
     for i, part in enumerate(reference.by_dimension(u, sizes)):
         counts = np.bincount(chosen[:, i], minlength=len(part))

@@ -30,8 +30,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.buffers.frames import ObservationStorage
 from sb3_mrq.checks import BadValueError
-from sb3_mrq.frames import ObservationStorage
 
 DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
 COUNTS = ("n_steps", "encoder_horizon", "batch_size", "target_update_interval")
@@ -321,7 +321,7 @@ def test_final_observation_of_one_number():
 def test_too_little_memory_is_told(monkeypatch):
     buffer = SubtrajectoryReplayBuffer(10_000, VECTOR, BOX)
     psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr("sb3_mrq.buffers.psutil", psutil)
+    monkeypatch.setattr("sb3_mrq.buffers.replay_buffer.psutil", psutil)
     obs = np.zeros((1, 3), dtype=np.float32)
     with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
         buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])
@@ -330,7 +330,7 @@ def test_too_little_memory_is_told(monkeypatch):
 def test_memory_that_is_not_there_is_told(monkeypatch):
     """Reserving more than there can be fails at once."""
     monkeypatch.setattr(ObservationStorage, "allocate", lambda *_: np.zeros(1 << 55))
-    with pytest.raises(MemoryError, match=r"500 places of the replay buffer take more memory.*smaller buffer_size"):
+    with pytest.raises(MemoryError, match=r"500 slots of the replay buffer take more memory.*smaller buffer_size"):
         tiny_model(SpaceEnv()).learn(5)
 
 
@@ -405,7 +405,7 @@ def test_huge_rewards_that_leave_the_buffer():
     model.learn(30)
     env.reward = 0.0
     model.learn(60, reset_num_timesteps=False)
-    assert model.target_reward_scale == model.reward_scale == 1e-8
+    assert model.target_reward_scale == model.reward_scale == pytest.approx(1e-8)
     assert all(th.isfinite(weight).all() for weight in model.policy.state_dict().values())
     assert np.isfinite(model.replay_buffer.max_priority)
 

@@ -15,8 +15,8 @@ from gymnasium import spaces
 from benchmarks import learning, memory, speed
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.losses import n_step_return
-from sb3_mrq.precision import bfloat16_is_fast
 
 
 def numbers(figures):
@@ -78,7 +78,7 @@ def test_learning(tmp_path, monkeypatch, chosen):
     """In bfloat16 as the processor has it, or as it is asked for."""
     # Few products, as those of bfloat16 may be slow here
     monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5, batch_size=8))
-    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not chosen)
+    monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not chosen)
     arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --out"
     learning.main([*arguments.split(), str(tmp_path), *(["--precision", "bfloat16"] if chosen else [])])
     lines = (tmp_path / "mrq-Pendulum-v1-bfloat16-seed3.csv").read_text().splitlines()
@@ -99,9 +99,8 @@ def test_plain_implementation_computes_the_same():
     copy_weights(model, plain)
     samples, n_step = model.replay_buffer.sample(64), model.replay_buffer.sample_n_step(64)
     # There is no switch of the termination term in it
-    model._scalars.set(reward_scale=1.0, target_reward_scale=0.0, termination_switch=1.0)
     loss = plain.update_encoder(samples.observations, samples.actions, samples.rewards, samples.terminated, samples.mask)
-    assert loss == pytest.approx(float(model._update_encoder(samples).encoder_loss), rel=1e-4)
+    assert loss == pytest.approx(float(model.learner.update_encoder(samples)["encoder_loss"]), rel=1e-4)
 
     copy_weights(model, plain)
     th.manual_seed(0)
@@ -111,8 +110,8 @@ def test_plain_implementation_computes_the_same():
         n_step.observations, n_step.actions, returns, discount, n_step.next_observations, 1.0, 0.0, noise
     )
     th.manual_seed(0)
-    _, metrics = model._update_value_and_policy(n_step)
-    np.testing.assert_allclose(losses, [float(metrics.critic_loss), float(metrics.actor_loss)], rtol=1e-3)
+    _, metrics = model.learner.update_value_and_policy(n_step)
+    np.testing.assert_allclose(losses, [float(metrics["critic_loss"]), float(metrics["actor_loss"])], rtol=1e-3)
 
 
 def copy_weights(model, plain):

@@ -15,10 +15,11 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.buffers.priorities import PriorityTree
 from sb3_mrq.losses import n_step_return
-from sb3_mrq.priorities import PriorityTree
 
 NUMBER = spaces.Box(-np.inf, np.inf, (1,), dtype=np.float32)
 BOX_ACTION = spaces.Box(-1, 1, (1,), dtype=np.float32)
@@ -998,6 +999,26 @@ def test_save_and_load(tmp_path, stacked):
 # -- the tree of priorities --------------------------------------------------------------------------------------------
 
 
+class NumpyTree:
+    """The tree with arrays in place of tensors."""
+
+    def __init__(self, capacity):
+        self.tree = PriorityTree(capacity)
+
+    @property
+    def total(self):
+        return self.tree.total
+
+    def get(self, indices):
+        return self.tree.get(th.from_numpy(indices)).numpy()
+
+    def set(self, indices, priorities):
+        self.tree.set(th.from_numpy(indices), th.as_tensor(priorities, dtype=th.float64))
+
+    def sample(self, n):
+        return self.tree.sample(n).numpy()
+
+
 @pytest.mark.parametrize("capacity", [100, 31, 32, 33, 1024, 1025, 40_000])
 def test_tree_draws_in_proportion(capacity):
     generator = np.random.RandomState(capacity)
@@ -1005,7 +1026,7 @@ def test_tree_draws_in_proportion(capacity):
     priorities = np.zeros(capacity)
     priorities[used] = generator.uniform(0.1, 3, size=len(used))
     priorities[used[::7]] = 0
-    tree = PriorityTree(capacity)
+    tree = NumpyTree(capacity)
     tree.set(np.arange(capacity), priorities)
     np.testing.assert_array_equal(tree.get(np.arange(capacity)), priorities)
     assert tree.total == pytest.approx(priorities.sum(), rel=1e-12)
@@ -1016,7 +1037,7 @@ def test_tree_draws_in_proportion(capacity):
 
 
 def test_tree_draws_change_with_the_priorities():
-    tree = PriorityTree(200)
+    tree = NumpyTree(200)
     tree.set(np.arange(200), 1.0)
     np.random.seed(5)
     assert_frequencies(tree.sample(50_000), np.full(200, 1 / 200))
@@ -1027,7 +1048,7 @@ def test_tree_draws_change_with_the_priorities():
 
 
 def test_tree_uses_the_global_generator():
-    tree = PriorityTree(1000)
+    tree = NumpyTree(1000)
     tree.set(np.arange(1000), 1.0)
     np.random.seed(6)
     first, then = tree.sample(10), tree.sample(10)
@@ -1040,7 +1061,7 @@ def test_tree_uses_the_global_generator():
 @pytest.mark.parametrize("only", ["first", "middle", "last"])
 def test_tree_never_draws_priority_zero(capacity, only):
     index = {"first": 0, "middle": capacity // 2, "last": capacity - 1}[only]
-    tree = PriorityTree(capacity)
+    tree = NumpyTree(capacity)
     tree.set(np.array([index]), np.array([0.3]))
     np.random.seed(7)
     assert (tree.sample(20_000) == index).all()
@@ -1055,7 +1076,7 @@ def test_tree_with_extreme_ratios():
     capacity = 2000
     exponents = np.random.RandomState(8).permutation(np.linspace(-30, 30, capacity))
     priorities = 10.0**exponents
-    tree = PriorityTree(capacity)
+    tree = NumpyTree(capacity)
     tree.set(np.arange(capacity), priorities)
     assert tree.total == pytest.approx(priorities.sum(), rel=1e-9)
     np.random.seed(8)
@@ -1073,14 +1094,14 @@ def test_tree_with_extreme_ratios():
 
 
 def test_tree_takes_the_last_of_duplicates():
-    tree = PriorityTree(100)
+    tree = NumpyTree(100)
     tree.set(np.array([3, 70, 3, 3, 70]), np.array([9.0, 1.0, 8.0, 2.0, 5.0]))
     assert tree.get(np.array([70, 3, 3, 4])).tolist() == [5, 2, 2, 0]
     assert tree.total == 7
 
 
 def test_tree_of_one():
-    tree = PriorityTree(1)
+    tree = NumpyTree(1)
     assert tree.total == 0
     tree.set(np.array([0]), np.array([0.7]))
     assert tree.total == 0.7
@@ -1092,7 +1113,7 @@ def test_tree_does_not_drift(capacity):
     """Sums are those of the leaves after 100,000 updates, whatever was there before."""
     generator = np.random.RandomState(9)
     expected = np.zeros(capacity)
-    tree = PriorityTree(capacity)
+    tree = NumpyTree(capacity)
     for _ in range(1000):
         indices = generator.randint(capacity, size=100)
         priorities = generator.uniform(0, 1, size=100) * 10.0 ** generator.randint(-8, 8, size=100)
@@ -1104,15 +1125,16 @@ def test_tree_does_not_drift(capacity):
     assert tree.total == pytest.approx(expected[0], rel=1e-9)
 
 
-class Counted(np.ndarray):
-    """Counts the numbers that go into sums and other operations."""
+class Counted(TorchDispatchMode):
+    """Counts the numbers in the results of all operations, but for views."""
 
     numbers = 0
 
-    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        Counted.numbers += max(np.size(value) for value in inputs)
-        plain = [value.view(np.ndarray) if isinstance(value, Counted) else value for value in inputs]
-        return getattr(ufunc, method)(*plain, **kwargs)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not func._schema.is_mutable:
+            self.numbers += out.numel()
+        return out
 
 
 @pytest.mark.parametrize("work", ["sample", "set"])
@@ -1120,18 +1142,18 @@ def test_tree_makes_no_pass_over_all_priorities(work):
     """Drawing a batch, and giving it priorities, takes as much work from a million as from ten thousand."""
     counts = []
     for capacity in (10_000, 1_000_000):
-        tree = PriorityTree(capacity)
+        tree = NumpyTree(capacity)
         tree.set(np.arange(capacity), 1.0)
-        tree._levels = [level.view(Counted) for level in tree._levels]
-        Counted.numbers = 0
-        tree.sample(256) if work == "sample" else tree.set(np.arange(256), 2.0)
-        counts.append(Counted.numbers)
-    assert 256 * PriorityTree.FAN_OUT < counts[0] == counts[1] < 256 * PriorityTree.FAN_OUT * 5
+        with Counted() as counted:
+            tree.sample(256) if work == "sample" else tree.set(np.arange(256), 2.0)
+        counts.append(counted.numbers)
+    # Numbers of all results: a few operations on the children of a node, for each level
+    assert 256 * PriorityTree.HOST_FAN_OUT < counts[0] == counts[1] < 256 * PriorityTree.HOST_FAN_OUT * 4 * 5
 
 
 @pytest.mark.parametrize("capacity", [1, 40, 5000])
 def test_empty_tree(capacity):
-    tree = PriorityTree(capacity)
+    tree = NumpyTree(capacity)
     assert tree.total == 0
     np.testing.assert_array_equal(tree.get(np.arange(capacity)), np.zeros(capacity))
     tree.set(np.array([0]), np.array([2.0]))

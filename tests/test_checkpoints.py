@@ -34,10 +34,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mrq import MRQ, checkpoints
+from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import CheckpointError, DamagedCheckpointError, list_checkpoints, write_checkpoint
 from sb3_mrq.checks import DivergedError
+from sb3_mrq.persist import checkpoints
+from sb3_mrq.persist.checkpoints import CheckpointError, DamagedCheckpointError, list_checkpoints, write_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and signals of Linux")
 

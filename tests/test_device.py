@@ -25,9 +25,9 @@ from test_buffer import assert_frequencies
 from torch.nn import functional as F
 
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging, note_waits
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.graphs import CaptureError, Graph, Staging, note_waits
-from sb3_mrq.priorities import DevicePriorities
+from sb3_mrq.buffers.priorities import DevicePriorities
 
 CPU = th.device("cpu")
 BOX = spaces.Box(-1, 1, (2,), np.float32)

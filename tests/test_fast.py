@@ -28,9 +28,9 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache
 
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.networks import StateEncoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_mrq.precision import automatic_precision, bfloat16_is_fast
 
 SIZES = dict(net_arch=dict(encoder=[32, 32], qf=[32, 32], pi=[32]), z_s_dim=32, z_sa_dim=32, z_a_dim=16)
 SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, device="cpu")
@@ -407,7 +407,7 @@ class OwnActivation(nn.ELU):
 )
 def test_automatic_precision(monkeypatch, space, kwargs, expected):
     """On a processor with instructions for bfloat16, and not on a GPU."""
-    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: True)
+    monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: True)
     policy_class = MultiInputPolicy if isinstance(space, spaces.Dict) else CnnPolicy if space is IMAGES else MlpPolicy
     policy = make_policy(space, ACTION_SPACES["box"], policy_class, **SIZES, **kwargs)
     assert automatic_precision(th.device("cpu"), policy.encoder, policy.critic, policy.actor) == expected
@@ -465,7 +465,7 @@ class TestModel:
             warnings.filterwarnings("error", message="The updates could not be compiled")
             model.learn(60)
         assert len(scales) > 5 and switches == {0.0, 1.0}
-        assert counters["stats"]["unique_graphs"] == 4 and not counters["recompiles"] and model.learner.compiled
+        assert counters["stats"]["unique_graphs"] == 4 and not counters["recompiles"] and model.updates.compiled
 
     @pytest.mark.usefixtures("traced")
     def test_extractor_that_cannot_be_compiled(self):
@@ -486,17 +486,17 @@ class TestModel:
         with pytest.raises(ValueError, match="compile_updates is 'yes', but must be one of 'auto', True, False"):
             MRQ("MlpPolicy", "Pendulum-v1", compile_updates="yes")
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", compile_updates=True, **SMALL)
-        assert model.learner.hyperparameters.precision == "bfloat16" and model.learner.compiled
+        assert model.learner.hyperparameters.precision == "bfloat16" and model.updates.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="float32", **SMALL)
-        assert model.learner.hyperparameters.precision == "float32" and not model.learner.compiled
+        assert model.learner.hyperparameters.precision == "float32" and not model.updates.compiled
 
     @pytest.mark.parametrize("supported", [True, False])
     def test_precision_by_default(self, monkeypatch, capsys, tmp_path, supported):
         """That of the processor a model is on, also where it was saved on another one."""
         expected = "bfloat16" if supported else "float32"
-        monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not supported)
+        monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not supported)
         MRQ("MlpPolicy", "Pendulum-v1", **SMALL).save(tmp_path / "elsewhere")
-        monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: supported)
+        monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: supported)
         model = MRQ("MlpPolicy", "Pendulum-v1", verbose=1, **SMALL)
         assert ("Using bfloat16" in capsys.readouterr().out) == supported
         loaded = MRQ.load(tmp_path / "elsewhere", env=model.env, device="cpu")
@@ -544,19 +544,19 @@ class TestModel:
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         model.learn(29)
-        assert not model.learner.compiled
+        assert not model.updates.compiled
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         model.learn(30)
-        assert model.learner.compiled and model._n_updates == 10
+        assert model.updates.compiled and model._n_updates == 10
         # Not where several models may be trained at once
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         thread = threading.Thread(target=model.learn, args=(30,))
         thread.start()
         thread.join()
-        assert not model.learner.compiled and model._n_updates == 10
+        assert not model.updates.compiled and model._n_updates == 10
         model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=False, **SMALL)
         model.learn(30)
-        assert not model.learner.compiled
+        assert not model.updates.compiled
 
     @needs_compiler
     def test_automatic_choice_stays(self, monkeypatch):
@@ -576,12 +576,12 @@ class TestModel:
         chosen = []
         for steps in (25, 5, 5):
             model.learn(steps, reset_num_timesteps=False)
-            chosen.append((model._n_updates, model.learner.compiled))
+            chosen.append((model._n_updates, model.updates.compiled))
         assert chosen == [(5, False), (10, False), (15, True)]
         model.save(tmp_path / "model")
         loaded = MRQ.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
         loaded.learn(5, reset_num_timesteps=False)
-        assert not loaded.learner.compiled
+        assert not loaded.updates.compiled
 
     def test_compiling_is_tried_once(self, monkeypatch):
         """Where it fails there is one warning, also over several calls of ``learn``."""
@@ -597,7 +597,7 @@ class TestModel:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.learn(30, reset_num_timesteps=False)
-        assert not model.learner.compiled
+        assert not model.updates.compiled
 
     @needs_compiler
     @pytest.mark.parametrize("compiled", [False, True])
@@ -631,11 +631,11 @@ class TestModel:
         model.learn(40)
         model.save(tmp_path / "model")
         eager = MRQ.load(tmp_path / "model", compile_updates=False, precision="float32")
-        assert not eager.learner.compiled and eager.learner.hyperparameters.precision == "float32"
+        assert not eager.updates.compiled and eager.learner.hyperparameters.precision == "float32"
         for name, value in model.policy.state_dict().items():
             assert value.dtype == th.float32 and "_orig_mod" not in name
             assert th.equal(eager.policy.state_dict()[name], value)
         eager.save(tmp_path / "eager")
         again = MRQ.load(tmp_path / "eager", env=gym.make("Pendulum-v1"), compile_updates=True)
         again.learn(30)
-        assert again.learner.compiled and again._n_updates == 20 + 10
+        assert again.updates.compiled and again._n_updates == 20 + 10

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers import NETWORKS, continuation_mask, make_learner, make_policy, read_weights, update_encoder, write_weights
+from helpers import (
+    NETWORKS,
+    continuation_mask,
+    make_learner,
+    make_policy,
+    read_weights,
+    set_scales,
+    update_encoder,
+    update_value_and_policy,
+    write_weights,
+)
 
 from sb3_mrq import losses
 from sb3_mrq.learner import Noise
@@ -41,7 +51,8 @@ class Golden:
         for name in NETWORKS:
             write_weights(getattr(self.policy, name), self.weights("init"))
             write_weights(getattr(self.policy, f"{name}_target"), self.weights("target"))
-        self.learner = make_learner(self.policy)
+        self.learner = make_learner(self.policy, preprocessed=False)
+        set_scales(self.policy, self["value/rbar"], self["value/rbar_target"])
 
     def __getitem__(self, name):
         return th.as_tensor(self.arrays[name])
@@ -54,7 +65,7 @@ class Golden:
         obs, terminated = self["encoder/observations"], self["encoder/terminated"]
         return update_encoder(
             self.learner,
-            self.policy.preprocess(obs.flatten(0, 1)).unflatten(0, obs.shape[:2]),
+            obs,
             self["encoder/actions"],
             self["encoder/rewards"],
             terminated,
@@ -64,15 +75,14 @@ class Golden:
     def update_value_and_policy(self, i):
         gumbel = [self[f"value/{name}_gumbel"][i] if self.discrete else None for name in ("target", "policy")]
         terminated = self["value/terminated"]
-        return self.learner.update_value_and_policy(
-            self.policy.preprocess(self["value/observations"]),
+        return update_value_and_policy(
+            self.learner,
+            self["value/observations"],
             self["value/actions"],
             self["value/rewards"],
             terminated,
             continuation_mask(terminated),
-            self.policy.preprocess(self["value/next_observations"]),
-            self["value/rbar"],
-            self["value/rbar_target"],
+            self["value/next_observations"],
             Noise(self["value/target_noise"][i], *gumbel),
         )
 

@@ -19,8 +19,10 @@ from helpers import (
     make_policy,
     read_weights,
     same,
+    set_scales,
     snapshot,
     update_encoder,
+    update_value_and_policy,
     write_weights,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,6 +88,7 @@ class Agent:
             weights = read_weights(network)
             # Biases are zero at first, and targets equal
             write_weights(network, {key: value + 0.2 * rng.normal(size=value.shape) for key, value in weights.items()})
+        set_scales(self.policy, REWARD_SCALE, TARGET_REWARD_SCALE)
 
     def networks(self, names=NETWORKS):
         return {name: getattr(self.policy, name) for name in names}
@@ -144,7 +147,7 @@ class ValueBatch:
     def update(self, agent):
         batch = (self.observations, self.actions, self.rewards, self.terminated, self.mask, self.next_observations)
         noise = Noise(*tensors(self.normal, self.target_gumbel, self.policy_gumbel))
-        return agent.learner.update_value_and_policy(*tensors(*batch), REWARD_SCALE, TARGET_REWARD_SCALE, noise)
+        return update_value_and_policy(agent.learner, *tensors(*batch), noise)
 
     def target(self, target_weights):
         noise = (self.normal, self.target_gumbel)
@@ -413,7 +416,7 @@ def test_arithmetic_of_an_update():
     with FlopCounterMode(display=False) as encoder_counter:
         update_encoder(learner, *encoder_batch)
     with FlopCounterMode(display=False) as value_counter:
-        learner.update_value_and_policy(*value_batch, 1.0, 1.0, learner.sample_noise(256))
+        update_value_and_policy(learner, *value_batch)
     # Far fewer would mean that they are not counted
     assert 9e9 < encoder_counter.get_total_flops() <= 11.6e9
     assert 6e9 < value_counter.get_total_flops() <= 8.0e9
@@ -505,10 +508,10 @@ def test_updates_do_not_wait_for_the_device(case):
         with NoHostSynchronisation():
             learner.replace_targets()
             metrics = update_encoder(learner, *encoder_batch, termination_switch=th.ones(()))
-            noise = learner.sample_noise(4)
-            priorities, more_metrics = learner.update_value_and_policy(*value_batch, th.ones(()), th.ones(()), noise)
-    assert all(entry.shape == () for entry in (*metrics, *more_metrics))
-    assert not any(entry.requires_grad for entry in (*metrics, *more_metrics, priorities))
+            priorities, more_metrics = update_value_and_policy(learner, *value_batch)
+    entries = [*vars(metrics).values(), *vars(more_metrics).values()]
+    assert all(entry.shape == () for entry in entries)
+    assert not any(entry.requires_grad for entry in (*entries, priorities))
 
 
 def test_replacing_the_targets_copies_every_network(float64):

@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import TEMPORARY, list_checkpoints
-from sb3_mrq.replay_files import ReplayFileError, load_replay_buffer, save_replay_buffer
+from sb3_mrq.persist.checkpoints import TEMPORARY, list_checkpoints
+from sb3_mrq.persist.replay_files import ReplayFileError, load_replay_buffer, save_replay_buffer
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux")]
 

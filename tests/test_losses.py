@@ -4,6 +4,8 @@ Gradients are compared with central finite differences of the NumPy functions, o
 """
 
 import itertools
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from helpers import continuation_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sb3_mrq import losses
+from sb3_mrq.buffers import SubtrajectorySamples
+from sb3_mrq.learner import Learner
 from sb3_mrq.losses import (
-    EncoderLoss,
-    encoder_loss,
     n_step_return,
     policy_loss,
     reward_bins,
@@ -22,14 +25,56 @@ from sb3_mrq.losses import (
     td_priority,
     two_hot,
     value_loss,
-    value_target,
 )
+from sb3_mrq.networks import Predictions
 
 GAMMA = 0.99
 FLOAT_DTYPES = [torch.float32, torch.float64]
 FULL_BINS = np.array([np.sign(x) * (np.exp(abs(x)) - 1.0) for x in np.linspace(-10.0, 10.0, 65)])
 # Few bins keep finite differences quick; they are as unevenly spaced as the full set.
 SMALL_BINS = np.array([np.sign(x) * (np.exp(abs(x)) - 1.0) for x in np.linspace(-3.0, 3.0, 7)])
+
+
+class EncoderLoss(NamedTuple):
+    """The weighted sum and its terms."""
+
+    total: torch.Tensor
+    dynamics: torch.Tensor
+    reward: torch.Tensor
+    termination: torch.Tensor
+
+
+def encoder_loss(
+    predicted_z_s,
+    target_z_s,
+    reward_logits,
+    rewards,
+    predicted_terminated,
+    terminated,
+    mask,
+    bins,
+    *,
+    dynamics_weight=1.0,
+    reward_weight=0.1,
+    termination_weight=0.1,
+):
+    """The terms of the learner, summed up."""
+    learner = SimpleNamespace(
+        hyperparameters=SimpleNamespace(
+            dynamics_loss_weight=dynamics_weight, reward_loss_weight=reward_weight, termination_loss_weight=termination_weight
+        ),
+        encoder=SimpleNamespace(predictor=SimpleNamespace(bins=bins)),
+        termination_switch=1.0,
+    )
+    samples = SubtrajectorySamples(None, None, rewards, terminated, mask)
+    predictions = Predictions(predicted_terminated, predicted_z_s, reward_logits)
+    terms = Learner.encoder_terms(learner, samples, predictions, target_z_s)
+    return EncoderLoss(sum(weight * term for weight, term in terms.values()), *(term for _, term in terms.values()))
+
+
+def value_target(returns, discount, next_q, *scales):
+    """With the heads as the learner combines them."""
+    return losses.value_target(returns, discount, Learner.bootstrap(None, next_q), *scales)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pickle
 import struct
 import sys
 import zlib
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -17,19 +18,18 @@ from gymnasium import spaces
 from helpers import file_size_limit
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_mrq import replay_files
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.replay_files import (
+from sb3_mrq.persist import replay_files
+from sb3_mrq.persist.replay_files import (
     MAGIC,
     PREAMBLE,
     ReplayFileError,
-    describe_space,
     load_replay_buffer,
     read_replay_buffer,
     save_replay_buffer,
-    space_from,
     write_replay_buffer,
 )
+from sb3_mrq.persist.spaces import describe_space, show_space
 
 FRAMES = spaces.Box(0, 255, (4, 36, 36), dtype=np.uint8)
 
@@ -181,7 +181,8 @@ def test_action_spaces(action_space):
 )
 def test_spaces_as_text(space):
     text = json.dumps(describe_space(space))
-    assert space_from(json.loads(text)) == space
+    assert json.loads(text) == describe_space(deepcopy(space))
+    assert space.__class__.__name__ in show_space(json.loads(text))
     assert len(text) < 500
 
 
@@ -315,8 +316,8 @@ def edited(data, edit):
         (lambda h: h.__setitem__("buffer_size", 30), "type and shape"),
         (lambda h: h.__setitem__("buffer_size", 2), "do not fit together"),
         (lambda h: h.__setitem__("buffer_size", "a"), "do not fit|understood"),
-        (lambda h: h["written"].__setitem__(0, 1000), "places"),
-        (lambda h: h.__setitem__("written", [40]), "places"),
+        (lambda h: h["written"].__setitem__(0, 1000), "slots"),
+        (lambda h: h.__setitem__("written", [40]), "slots"),
         (lambda h: h.pop("n_steps"), "understood"),
         (lambda h: h["numbers"]["storages"][1][1].__setitem__("frame_channels", 3), "no stacks"),
         (lambda h: h["written"].__setitem__(0, h["written"][0] - 1), "damaged|too many"),

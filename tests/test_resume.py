@@ -26,8 +26,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.checkpoints import get_generators, list_checkpoints
 from sb3_mrq.learner import Learner
+from sb3_mrq.persist.checkpoints import get_generators, list_checkpoints
 
 ACTIONS = {"Box": BOX, "Discrete": spaces.Discrete(3)}
 OBSERVATIONS = {"vector": VECTOR, "pixels": IMAGE, "frames": spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)}
@@ -472,21 +472,21 @@ def test_compiled_when_it_would_have_been(tmp_path, monkeypatch):
     assert resumed._n_updates == whole._n_updates == 14
     for model in (whole, resumed):
         model.learn(1, reset_num_timesteps=False)
-        assert not model.learner.compiled
+        assert not model.updates.compiled
         model.learn(1, reset_num_timesteps=False)
-        assert model.learner.compiled
+        assert model.updates.compiled
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
     """The automatic choice may be another one, which is said, and may be overruled."""
     names = {True: "bfloat16", False: "float32"}
-    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: there)
+    monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: there)
     tiny_model(SpaceEnv()).learn(20, callback=ResumableCheckpointCallback(20, tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
-    monkeypatch.setattr("sb3_mrq.precision.processor_has_bfloat16", lambda: not there)
+    monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not there)
     with pytest.warns(
         UserWarning, match=f"computed in {names[there]} where it was, and goes on in {names[not there]}"
     ) as record:

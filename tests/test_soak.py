@@ -18,7 +18,8 @@ from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_mrq.buffers import ENDED, STORED, SubtrajectoryReplayBuffer
+from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.buffers.slots import ENDED, HAS_TRANSITION
 
 STEPS = int(os.environ.get("MRQ_SOAK_STEPS", 300_000))
 BUFFER_SIZE = STEPS // 15
@@ -144,7 +145,7 @@ def test_soak():
     places, probabilities = buffer.sampling_probabilities()
     np.testing.assert_array_equal(leaves[places], buffer.assigned[places])
     np.testing.assert_allclose(probabilities, leaves[places] / leaves.sum(), rtol=1e-12)
-    stored = np.flatnonzero(buffer._flags & STORED)
+    stored = np.flatnonzero(buffer._flags & HAS_TRANSITION)
     assert buffer.n_sampleable == len(places) and buffer.size() == len(stored)
     # All but the last of the running episodes, whose horizon is not complete
     waiting = np.setdiff1d(stored, places)

@@ -29,9 +29,9 @@ from test_buffer import NumberEnv
 from benchmarks import evaluation, study, study_run
 from benchmarks.evaluation import EvaluationCallback, RandomActions
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.precision import automatic_precision
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.envs import AtariWrapper
-from sb3_mrq.precision import automatic_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ import yaml
 from test_zoo import SMALL
 
 import sb3_mrq.zoo
-from sb3_mrq.checkpoints import list_checkpoints
+from sb3_mrq.persist.checkpoints import list_checkpoints
 from sb3_mrq.zoo.cli import _newest_checkpoint, run
 from sb3_mrq.zoo.configuration import ConfigurationError
 

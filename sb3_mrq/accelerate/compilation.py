@@ -74,4 +74,3 @@ class CompiledFunction:
             self.give_up(error)
             return self.function
         return compiled
-

@@ -49,8 +49,8 @@ class Updates:
 
     :param learner: computes the updates
     :param device: of the networks
-    :param capture: whether to capture graphs: True, False, or ``"auto"``, which does not warn if it is clear from the outset that
-        they cannot be captured
+    :param capture: whether to capture graphs: True, False, or ``"auto"``, which does not warn if it is clear from the outset
+        that they cannot be captured
     :param verbose: Verbosity level
     """
 
@@ -103,8 +103,8 @@ class Updates:
 
     def compile_on_a_cpu(self) -> None:
         """
-        Compile the losses if that pays: on a CPU, unless it has failed before. The compiler is not meant for several threads at
-        once, such as those of a hyperparameter search.
+        Compile the losses if the device is a CPU, unless that has failed before. The compiler is not meant for several threads
+        at once, such as those of a hyperparameter search.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self.device.type == "cpu" and in_main_thread and not (self.compiled or self.compiling_failed):
@@ -123,8 +123,8 @@ class Updates:
         self, replay_buffer: SubtrajectoryReplayBuffer, batch_size: int, vec_normalize: VecNormalize | None = None
     ) -> None:
         """
-        Get ready for updates: copy new transitions and learning rates to the device, and throw away graphs of tensors that have
-        been replaced, for example by ``load_state_dict`` of an optimiser.
+        Get ready for updates: copy new transitions and learning rates to the device, and throw away graphs of tensors that
+        have been replaced, for example by ``load_state_dict`` of an optimiser.
 
         :param replay_buffer: what to learn from, with at least one transition
         :param batch_size: Minibatch size for each gradient update

@@ -38,11 +38,15 @@ class ObservationStorage:
         self.frame_channels = 0
         self.n_stack = 1
         # np.zeros reserves address space only: memory is taken by the pages that are written to
-        self.data = np.zeros((0,), dtype=self.dtype)
-        # The same with a frame of zeros after the last slot, if single frames are stored
-        self.padded = self.data
+        # With a frame of zeros after the last slot if single frames are stored
+        self.padded = np.zeros((0,), dtype=self.dtype)
         # Of single frames: whether the stack is filled up with zeros if the episode is younger than the stack, or with copies
         self.zero_filled = np.zeros((0,), dtype=bool)
+
+    @property
+    def data(self) -> np.ndarray:
+        """What is stored in the slots, no copy, (n_slots, ...)."""
+        return self.padded[: self.n_slots]
 
     @property
     def stacked(self) -> bool:
@@ -89,7 +93,6 @@ class ObservationStorage:
         self.n_stack = self.shape[0] // frame_channels if frame_channels else 1
         frame_shape = (frame_channels, *self.shape[1:]) if frame_channels else self.shape
         self.padded = np.zeros((self.n_slots + self.stacked, *frame_shape), dtype=self.dtype)
-        self.data = self.padded[: self.n_slots]
         self.zero_filled = np.zeros(self.n_slots if self.stacked else 0, dtype=bool)
 
     def _is_stack(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray, channels: int) -> bool:
@@ -153,7 +156,7 @@ class ObservationStorage:
         :param obs: as from ``cast``, (n, *shape)
         """
         if self.stacked:
-            # It matters in the first observations of an episode only, in which the oldest frame of the stack is not an observed one
+            # Only matters in the first observations of an episode, whose stacks are filled up
             self.zero_filled[slots] = ~obs[:, : self.frame_channels].any(axis=(1, 2, 3))
             obs = obs[:, -self.frame_channels :]
         self.data[slots] = obs

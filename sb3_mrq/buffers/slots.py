@@ -6,8 +6,8 @@ from typing import Any
 
 import torch as th
 
-# Flags of a slot. A segment is an unbroken run of one episode's transitions: all of it, unless the environment was reset in the
-# middle.
+# Flags of a slot. A segment is an unbroken run of one episode's transitions: all of it, unless the environment was reset in
+# the middle.
 HAS_TRANSITION = 1  # not only an observation
 ENDED = 2  # the transition is the last of its segment
 TERMINATED = 4  # ... and the episode terminated there
@@ -20,9 +20,9 @@ class Slots:
     Arrays with an entry for each slot of a replay buffer, all on one device, and how to read them. Each environment has a ring
     of ``ring_size`` consecutive slots.
 
-    :param arrays: each with an entry for every slot, or more: ``actions``, ``rewards``, ``flags``, ``ages`` (observations before this one in its segment), and for each key
-        of the observations ``observations KEY``. If those are stacks stored as single frames, there is ``zero_filled KEY``,
-        and a frame of zeros after the last slot.
+    :param arrays: each with an entry for every slot, or more: ``actions``, ``rewards``, ``flags``, ``ages`` (observations before
+        this one in its segment), and for each key of the observations ``observations KEY``. If those are stacks stored as single
+        frames, there is ``zero_filled KEY``, and a frame of zeros after the last slot.
     :param observation_shapes: shape of one whole observation by key of a Dict, under None if the space is no Dict
     :param ring_size: slots of each environment
     :param n_envs: number of environments
@@ -82,12 +82,18 @@ class Slots:
         :param slots: (...)
         :return: whole observations, (..., *obs), or a dict of these
         """
-        values = {key: self.observation(key, slots, shape) for key, shape in self.observation_shapes.items()}
+        values = {key: self.observation(key, slots) for key in self.observation_shapes}
         return values[None] if None in values else values
 
-    def observation(self, key: Any, slots: th.Tensor, shape: tuple[int, ...]) -> th.Tensor:
+    def observation(self, key: Any, slots: th.Tensor) -> th.Tensor:
+        """
+        :param key: of the observations, None if the space is no Dict
+        :param slots: (...)
+        :return: whole observations, (..., *obs)
+        """
         if f"zero_filled {key}" not in self.arrays:
             return self.read(f"observations {key}", slots)
+        shape = self.observation_shapes[key]
         n_stack = shape[0] // self.arrays[f"observations {key}"].shape[1]
         age = self.read("ages", slots)[..., None]
         steps = th.arange(n_stack - 1, -1, -1, device=self.device)

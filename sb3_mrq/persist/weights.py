@@ -9,7 +9,6 @@ from typing import Any
 import safetensors.torch
 import torch as th
 from safetensors import SafetensorError, safe_open
-
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
@@ -76,10 +75,11 @@ def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
                 f"The weights in {path} are for another {name.replace('_', ' ')}: {show_space(theirs)}, but the model has "
                 f"{show_space(ours)}."
             )
-    if "reward_scales" in metadata:
-        scales = json.loads(metadata["reward_scales"])
-        weights |= {key: th.tensor(float(scales[name])) for name, key in REWARD_SCALES.items() if name in scales}
     present = model.policy.state_dict()
+    scales = json.loads(metadata.get("reward_scales", "{}"))
+    for name, key in REWARD_SCALES.items():
+        if key not in weights:
+            weights[key] = th.tensor(float(scales[name])) if name in scales else present[key]
     for name in sorted(weights.keys() | present.keys()):
         shape, expected = (tuple(values[name].shape) if name in values else "none" for values in (weights, present))
         if shape != expected:

@@ -21,8 +21,8 @@ import rl_zoo3.utils
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.envs import rendering
+from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from sb3_mrq import losses
 from sb3_mrq.augmentation import random_shift
 from sb3_mrq.buffers.samples import NStepSamples, SubtrajectorySamples
+from sb3_mrq.checks import DivergedError
 from sb3_mrq.hyperparameters import UpdateHyperparameters
 from sb3_mrq.networks import Predictions
 from sb3_mrq.observations import Observation, map_observation, unbind_time
@@ -340,10 +341,13 @@ class Learner:
         """
         :param samples: from the replay buffer
         :return: size and effective rank of the embeddings z_s, and the norm of the encoder's last gradient, 0-d each
+        :raises DivergedError: if an embedding is not finite
         """
         self.policy.set_training_mode(False)
         z_s = self.encoder.state(self.policy.preprocess(samples.observations))
         self.policy.set_training_mode(True)
+        if not th.isfinite(z_s).all():
+            raise DivergedError("embeddings are not finite")
         return {
             "encoder_grad_norm": grad_norm(self.encoder),
             "z_s_norm": z_s.norm(dim=1).mean(),

@@ -290,7 +290,7 @@ def test_final_observations_of_integers_behind_vec_normalize():
     model = tiny_model(VecNormalize(make_vec_env(lambda: Noted(space), 1), clip_obs=1e6))
     model.learn(48)
     ends = np.arange(1, 9) * 7 - 1  # an episode of 6 steps takes 7 places
-    np.testing.assert_array_equal(model.replay_buffer.places()["observations None"][ends], np.stack(finals))
+    np.testing.assert_array_equal(model.replay_buffer.arrays()["observations None"][ends], np.stack(finals))
 
 
 @pytest.mark.parametrize("value", [300.0, -1.0, np.nan])

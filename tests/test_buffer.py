@@ -93,7 +93,7 @@ def array_bytes(thing, seen=None):
         if isinstance(item, np.ndarray):
             while isinstance(item.base, np.ndarray):
                 item = item.base
-            seen[id(item)] = item.nbytes
+            seen[item.ctypes.data] = item.nbytes
             if item.dtype == object:
                 stack.extend(item.flat)
         elif isinstance(item, th.Tensor):

@@ -517,33 +517,15 @@ class KillsIn(SpaceEnv):
 
 def test_signal_in_an_evaluation(tmp_path):
     """
-    It ends at once, as there may be no time to finish it. Other threads, in which nobody asked for an end, go on to use the
-    model.
+    It is finished, and training ends after the step.
     """
     model = tiny_model(SpaceEnv())
     observation = model.observation_space.sample()
     env = KillsIn(3)
     callback = ResumableCheckpointCallback(1000, tmp_path)
-    elsewhere = []
-
-    class AtTheEnd(BaseCallback):
-        def _on_step(self):
-            return True
-
-        def _on_training_end(self):
-            # The signal is known, but predicting at the end is what it always is
-            elsewhere.append(model.predict(observation))
-
-    class Evaluation(EvalCallback):
-        def _log_success_callback(self, *args):
-            if env.n_steps == 3:
-                thread = threading.Thread(target=lambda: elsewhere.append(model.predict(observation)))
-                thread.start()
-                thread.join()
-
-    evaluation = Evaluation(Monitor(env), eval_freq=15, n_eval_episodes=5, verbose=0)
-    assert model.learn(100, callback=[callback, evaluation, AtTheEnd()]) is model
-    assert env.n_steps == 3 and len(elsewhere) == 2
+    evaluation = EvalCallback(Monitor(env), eval_freq=15, n_eval_episodes=5, verbose=0)
+    assert model.learn(100, callback=[callback, evaluation]) is model
+    assert env.n_steps == 30 and np.isfinite(evaluation.last_mean_reward)
     assert callback.stopped_by == signal.SIGTERM and steps(tmp_path) == [15]
     resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     assert resumed.replay_buffer.size() == 15 and resumed._n_updates == 4

@@ -25,9 +25,11 @@ from test_buffer import assert_frequencies
 from torch.nn import functional as F
 
 from sb3_mrq import MRQ
-from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging, note_waits
+from sb3_mrq.accelerate.device_copy import DeviceCopy
+from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging, detect_host_sync
+from sb3_mrq.accelerate.updates import Updates
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.buffers.priorities import DevicePriorities
+from sb3_mrq.buffers.priorities import PriorityTree
 
 CPU = th.device("cpu")
 BOX = spaces.Box(-1, 1, (2,), np.float32)
@@ -58,8 +60,8 @@ class TestPriorities:
     @pytest.mark.parametrize("device", DEVICES)
     def test_draws_follow_the_priorities(self, device):
         th.manual_seed(0)
-        n = 3 * DevicePriorities.ROW + 100
-        priorities = DevicePriorities(n, th.device(device))
+        n = 3 * PriorityTree.DEVICE_FAN_OUT + 100
+        priorities = PriorityTree(n, th.device(device))
         weights = th.zeros(n, dtype=th.float64)
         some = th.randperm(n)[:200]
         weights[some] = th.rand(200, dtype=th.float64) + 0.5
@@ -68,7 +70,7 @@ class TestPriorities:
         assert_frequencies(draws, (weights / weights.sum()).numpy())
 
     def test_changes(self):
-        priorities = DevicePriorities(2000, CPU)
+        priorities = PriorityTree(2000, CPU)
         priorities.set(th.tensor([3, 1500]), th.tensor([1.0, 2.0]))
         assert set(priorities.sample(100).tolist()) == {3, 1500}
         priorities.set(th.tensor([3]), th.tensor([0.0]))
@@ -77,7 +79,8 @@ class TestPriorities:
         priorities.set(th.tensor([1500, 7]), th.tensor([1e20, 1e-20]))
         priorities.set(th.tensor([1500]), th.tensor([0.0]))
         assert set(priorities.sample(100).tolist()) == {7}
-        priorities.fill(th.tensor([0.0, 3.0]))
+        priorities.leaves[:2] = th.tensor([0.0, 3.0])
+        priorities.rebuild(0, 2)
         assert set(priorities.sample(100).tolist()) == {1}
         assert priorities.get(th.tensor([7, 3])).tolist() == [float(np.float32(1e-20)), 0]
 
@@ -186,32 +189,31 @@ def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
     )
     episodes = Episodes(space, n_envs, zero_filled, seed=n_envs)
     random = np.random.default_rng(0)
-    mirror = None
+    copy = None
     for k in range(400):
         arguments = episodes.step()
         buffer.add(*arguments)
         twin.add(*arguments)
         if k < 5 or random.random() < 0.7:
             continue
-        if mirror is not None:
-            assert buffer.mirror(th.device(device)) is mirror
-        mirror = buffer.mirror(th.device(device))
-        mirror.flush()
+        if copy is None or not copy.is_current(buffer):
+            copy = DeviceCopy(buffer, th.device(device))
+        copy.flush()
         # The first time after a bulk copy, then after copies of what has changed
         indices, probabilities = twin.sampling_probabilities()
         on_device = th.from_numpy(indices).to(device)
-        assert equal(mirror.get_subtrajectories(on_device), twin.get_subtrajectories(indices))
-        assert equal(mirror.get_n_step(on_device), twin.get_n_step(indices))
-        ours = mirror.priorities.get(th.arange(60 * n_envs, device=device)).cpu().numpy()
+        assert equal(buffer.read(copy.slots, on_device, buffer.horizon), twin.get_subtrajectories(indices))
+        assert equal(buffer.read_n_step(copy.slots, on_device), twin.get_n_step(indices))
+        ours = copy.priorities.get(th.arange(60 * n_envs, device=device)).cpu().numpy()
         assert np.array_equal(np.flatnonzero(ours), indices)
         np.testing.assert_allclose(ours[indices] / ours.sum(), probabilities, rtol=1e-12)
         # Drawn from there, and with new priorities as of training
-        samples = mirror.sample_n_step(8)
+        samples = copy.sample_n_step(8)
         drawn = samples.indices.cpu().numpy()
         assert np.isin(drawn, indices).all()
         some = np.unique(drawn)
         new = random.uniform(0.2, 3, len(some)).astype(np.float32)
-        mirror.update_priorities(th.from_numpy(some).to(device), th.from_numpy(new).to(device))
+        copy.update_priorities(th.from_numpy(some).to(device), th.from_numpy(new).to(device))
         twin.update_priorities(some, new)
         if random.random() < 0.3:
             # What is asked of the buffer comes from there
@@ -221,8 +223,8 @@ def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
             # and what it is told arrives there
             for each in (buffer, twin):
                 each.update_priorities(some, new + 1)
-    assert buffer.full and mirror is not None
-    buffer.drop_mirror()
+    assert buffer.full and copy is not None
+    buffer.detach_copy()
     np.testing.assert_allclose(buffer.sampling_probabilities()[1], twin.sampling_probabilities()[1], rtol=1e-12)
 
 
@@ -233,11 +235,11 @@ def test_priorities_that_are_not_numbers(device):
     episodes = Episodes(VECTOR, 1, True, seed=0)
     for _ in range(20):
         buffer.add(*episodes.step())
-    mirror = buffer.mirror(th.device(device))
+    copy = DeviceCopy(buffer, th.device(device))
     indices, _ = buffer.sampling_probabilities()
-    drawn = mirror.sample_n_step(8).indices
-    mirror.update_priorities(drawn, th.full((8,), th.nan, device=device))
-    assert np.isin(host(mirror.sample_n_step(200).indices), indices).all()
+    drawn = copy.sample_n_step(8).indices
+    copy.update_priorities(drawn, th.full((8,), th.nan, device=device))
+    assert np.isin(host(copy.sample_n_step(200).indices), indices).all()
     assert np.isfinite(buffer.max_priority)
 
 
@@ -246,15 +248,16 @@ def test_new_copy_where_the_buffer_begins_anew():
     episodes = Episodes(VECTOR, 1, True, seed=0)
     for _ in range(20):
         buffer.add(*episodes.step())
-    mirror = buffer.mirror(CPU)
-    assert buffer.mirror(CPU) is mirror
+    copy = DeviceCopy(buffer, CPU)
+    assert copy.is_current(buffer)
     buffer.reset()
     for _ in range(20):
         buffer.add(*episodes.step())
-    other = buffer.mirror(CPU)
-    assert other is not mirror
+    assert not copy.is_current(buffer)
+    other = DeviceCopy(buffer, CPU)
     indices, _ = buffer.sampling_probabilities()
-    assert equal(other.get_subtrajectories(th.from_numpy(indices)), buffer.get_subtrajectories(indices))
+    other.flush()
+    assert equal(buffer.read(other.slots, th.from_numpy(indices), buffer.horizon), buffer.get_subtrajectories(indices))
 
 
 class TestGraph:
@@ -340,11 +343,11 @@ def test_waits_are_noted(monkeypatch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert note_waits(function) == (7, None)
-        outputs, waits = note_waits(lambda: function("called a synchronizing CUDA operation (Triggered internally)"))
+        assert detect_host_sync(function) == (7, None)
+        outputs, waits = detect_host_sync(lambda: function("called a synchronizing CUDA operation (Triggered internally)"))
         assert outputs == 7 and waits.startswith("called a synchronizing")
     with pytest.warns(UserWarning, match="something else"):
-        assert note_waits(lambda: function("something else")) == (7, None)
+        assert detect_host_sync(lambda: function("something else")) == (7, None)
     assert modes[-1] == 0
 
 
@@ -384,7 +387,7 @@ class TestTraining:
             )
         if request.param == "recorded" or request.function.__name__ != "test_500_updates":
             # Compiled code cannot be recorded, and takes long to make
-            monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, *_: function)
+            monkeypatch.setattr("sb3_mrq.accelerate.updates.CompiledFunction", lambda function, *_: function)
 
         def counted(function):
             if function.__name__ != "_write_staged":
@@ -403,15 +406,15 @@ class TestTraining:
     def uncaptured(self, *args, **kwargs):
         """The same training steps on the device, none of them captured."""
         model = self.make(*args, **kwargs)
-        prepare = model._prepare_capturing
+        updates = model.updates
+        prepare = updates.prepare
 
-        def prepare_without(batch_size):
-            prepare(batch_size)
-            training = model._device_training
-            for graph in (training._encoder, training._value, training._act, training.replay._write):
+        def prepare_without(*args):
+            prepare(*args)
+            for graph in (updates._encoder, updates._value, updates._act, updates._copy.write):
                 graph.WARM_UP = 10**9
 
-        model._prepare_capturing = prepare_without
+        updates.prepare = prepare_without
         return model
 
     def assert_same(self, model, other):
@@ -454,12 +457,13 @@ class TestTraining:
         # A GPU may keep any of the new priorities of a transition that was drawn twice: there, they are all the same
         settings = dict(min_td_error=100.0) if device == "cuda" else {}
         models = [self.make(device, **settings), self.make(device, compile_updates=False, **settings)]
-        buffer = models[1].replay_buffer
+        buffer, copies = models[1].replay_buffer, []
 
         def draw(batch_size):
-            mirror = buffer.mirror(th.device(device))
-            mirror.flush()
-            return mirror.priorities.sample(batch_size).cpu().numpy()
+            if not copies or not copies[0].is_current(buffer):
+                copies[:] = [DeviceCopy(buffer, th.device(device))]
+            copies[0].flush()
+            return copies[0].priorities.sample(batch_size).cpu()
 
         monkeypatch.setattr(buffer, "_draw", draw)
         for model in models:
@@ -559,7 +563,7 @@ class TestTraining:
         for name, value in model.policy.state_dict().items():
             assert th.equal(eager.policy.state_dict()[name], value)
         eager.learn(30)
-        assert not eager._may_capture
+        assert not eager.updates.may_capture
         eager.save(tmp_path / "eager")
         again = MRQ.load(tmp_path / "eager", env=LateEnd(length=9), device=device, compile_updates=True)
         self.captures.clear()
@@ -583,7 +587,7 @@ class TestTraining:
         with pytest.warns(UserWarning, match=message) as record:
             model.learn(steps)
         assert len([w for w in record if "captured" in str(w.message)]) == 1
-        assert model._device_training is None and model.replay_buffer._mirror is None
+        assert not model.updates.on_device and model.replay_buffer._copy is None
         assert model._n_updates == steps - 10
         assert all(isinstance(getattr(model, name).optimizer.param_groups[0]["lr"], float) for name in NETWORKS)
         assert all(th.isfinite(p).all() for p in model.policy.parameters())
@@ -635,9 +639,9 @@ class TestTraining:
             warnings.simplefilter("error")
             model.learn(60)
             assert sorted(self.captures) == ["_act_step", "_encoder_step", "_value_step"]
-            assert model._device_training.captured and not model.learner.compiled
+            assert model.updates.captured and not model.updates.compiled
             normalised.learn(60)
-        assert len(self.captures) == 3 and normalised._device_training is None and normalised._n_updates == 50
+        assert len(self.captures) == 3 and not normalised.updates.on_device and normalised._n_updates == 50
         assert "not captured as CUDA graphs: VecNormalize works on the host." in capsys.readouterr().out
 
     def test_other_optimizer(self, device):
@@ -648,7 +652,7 @@ class TestTraining:
         self.fails_once(self.make(device, env=env), "VecNormalize works on the host")
 
     def test_buffer_that_does_not_fit(self, device, monkeypatch):
-        monkeypatch.setattr(MRQ, "_free_memory", lambda self: 1000)
+        monkeypatch.setattr(Updates, "free_memory", lambda self: 1000)
         self.fails_once(self.make(device), "The replay buffer takes .* GB")
 
     def test_large_integers(self, device):
@@ -662,7 +666,7 @@ class TestTraining:
             thread = threading.Thread(target=model.learn, args=(30,))
             thread.start()
             thread.join()
-        assert model._n_updates == 20 and model._device_training is None
+        assert model._n_updates == 20 and not model.updates.on_device
 
     def test_deterministic_algorithms(self, device, monkeypatch):
         # Some versions of torch ask for it
@@ -680,13 +684,12 @@ class TestTraining:
             th.manual_seed(1)
             model.learn(60)
             model.batch_size = 6
-            model._prepare_capturing(6)
             model.learn(20, reset_num_timesteps=False)
         self.assert_same(*models)
         copy = deepcopy(models[0])
-        assert copy._device_training is None and models[0]._device_training is not None
+        assert not copy.updates.on_device and models[0].updates.on_device
         copy.learn(20, reset_num_timesteps=False)
-        assert copy._device_training is not None
+        assert copy.updates.on_device
 
     @pytest.mark.parametrize("n_envs", [1, 3])
     def test_divergence_is_told(self, device, n_envs):
@@ -709,10 +712,10 @@ def test_memory_of_models_before(monkeypatch):
     assert gone() is not None
     monkeypatch.setattr(th.cuda, "empty_cache", lambda: kept.__setitem__(0, gone() is not None))
     monkeypatch.setattr(th.cuda, "mem_get_info", lambda of: (100 if kept[0] else 1000, 1000))
-    assert MRQ._free_memory(SimpleNamespace(device=th.device("cuda"))) == 1000
+    assert Updates.free_memory(SimpleNamespace(device=th.device("cuda"))) == 1000
 
 
 def test_not_on_a_cpu():
     """A CPU runs and compiles what it always did."""
     model = MRQ("MlpPolicy", gym.make("Pendulum-v1"), device="cpu", compile_updates=True, policy_kwargs=TINY_POLICY)
-    assert not model._may_capture and model.learner.compiled
+    assert not model.updates.may_capture and model.updates.compiled

@@ -245,7 +245,7 @@ def test_compiling_anew_fails(monkeypatch):
     start = weights(policy)
     train(policy, learner, 1)
     train(expected, eager, 1)
-    assert learner.compiled
+    assert learner.updates.compiled
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
@@ -256,7 +256,7 @@ def test_compiling_anew_fails(monkeypatch):
     with pytest.warns(UserWarning, match="could not be compiled.*no space left on device"):
         train(policy, learner, 2)
     train(expected, eager, 2)
-    assert not learner.compiled
+    assert not learner.updates.compiled
     assert distance(policy, expected, start) < 1e-4
 
 
@@ -371,7 +371,7 @@ def test_falls_back_without_compiler(tmp_path):
         with pytest.warns(UserWarning, match="could not be compiled") as record:
             losses = train(*agents[1], 3)
     assert len([warning for warning in record if issubclass(warning.category, UserWarning)]) == 1
-    assert not agents[1][1].compiled
+    assert not agents[1][1].updates.compiled
     np.testing.assert_array_equal(losses, expected)
 
 
@@ -453,14 +453,14 @@ class TestModel:
         settings = dict(compile_updates=True, target_update_interval=5, learning_rate=lambda progress: 1e-3 * progress)
         model = MRQ("MlpPolicy", GrowingEnv(), **settings, **SMALL)
         scales, switches = set(), set()
-        scalars, set_scalars = model._scalars, model._scalars.set
+        update = model.learner.update_value_and_policy
 
-        def note(**values):
-            scales.add(values["reward_scale"])
-            switches.add(values["termination_switch"])
-            set_scalars(**values)
+        def note(samples):
+            scales.add(model.reward_scale)
+            switches.add(model.learner.termination_switch.item())
+            return update(samples)
 
-        monkeypatch.setattr(scalars, "set", note)
+        monkeypatch.setattr(model.learner, "update_value_and_policy", note)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="The updates could not be compiled")
             model.learn(60)
@@ -570,18 +570,18 @@ class TestModel:
 
     @needs_compiler
     def test_automatic_choice_in_short_calls(self, monkeypatch, tmp_path):
-        """Many short calls of ``learn`` are a long run; a loaded model begins anew."""
+        """Many short calls of ``learn`` that continue each other are a long run, after loading, too."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         chosen = []
         for steps in (25, 5, 5):
             model.learn(steps, reset_num_timesteps=False)
             chosen.append((model._n_updates, model.updates.compiled))
-        assert chosen == [(5, False), (10, False), (15, True)]
+        assert chosen == [(5, False), (10, True), (15, True)]
         model.save(tmp_path / "model")
         loaded = MRQ.load(tmp_path / "model", env=gym.make("Pendulum-v1"))
         loaded.learn(5, reset_num_timesteps=False)
-        assert not loaded.updates.compiled
+        assert loaded.updates.compiled
 
     def test_compiling_is_tried_once(self, monkeypatch):
         """Where it fails there is one warning, also over several calls of ``learn``."""

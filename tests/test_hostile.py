@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from envs import TINY_POLICY, policy_for, tiny_model
 from gymnasium import spaces
-from helpers import make_learner, make_policy
+from helpers import make_learner, make_policy, set_scales, update_encoder, update_value_and_policy
 from hostile import (
     ENDS,
     FAULTS,
@@ -282,11 +282,9 @@ def test_updates(rewards, scale, target_scale, obs_size, discrete, terminated, s
     ended[:, -1] = float(terminated)
     mask = th.ones(4, horizon)
     for _ in range(2):
-        learner.update_encoder(observe(), [observe() for _ in range(horizon)], actions, reward, ended, mask)
-        priorities, _ = learner.update_value_and_policy(
-            *(observe(), actions[:, 0], reward, ended, mask, observe()),
-            *(th.tensor(scale), th.tensor(target_scale), learner.sample_noise(4)),
-        )
+        update_encoder(learner, th.stack([observe() for _ in range(horizon + 1)], dim=1), actions, reward, ended, mask)
+        set_scales(policy, scale, target_scale)
+        priorities, _ = update_value_and_policy(learner, *(observe(), actions[:, 0], reward, ended, mask, observe()))
         assert th.isfinite(priorities).all() and (priorities > 0).all()
     for name, value in policy.state_dict().items():
         assert th.isfinite(value).all(), name

@@ -25,8 +25,8 @@ from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.updates import Updates
 from sb3_mrq.callbacks import ResumableCheckpointCallback
-from sb3_mrq.learner import Learner
 from sb3_mrq.persist.checkpoints import get_generators, list_checkpoints
 
 ACTIONS = {"Box": BOX, "Discrete": spaces.Discrete(3)}
@@ -271,7 +271,7 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
     evaluation, checkpoints = SignalInEvaluation(event, at_step), ResumableCheckpointCallback(1000, folder)
     model = plain_model(**kwargs)
     model.learn(total, callback=[evaluation, checkpoints] if first else [checkpoints, evaluation])
-    assert not evaluation.finished
+    assert evaluation.finished
     assert checkpoints.stopped_by == signal.SIGTERM and model.num_timesteps == model.replay_buffer.size()
     assert [c.num_timesteps for c in list_checkpoints(folder)] == [model.num_timesteps]
     return model
@@ -282,7 +282,7 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
 @pytest.mark.parametrize("total", [28, TOTAL], ids=["last", "not the last"])
 @pytest.mark.parametrize("kwargs", [{}, {"train_freq": 14, "gradient_steps": 14}, EPISODES], ids=str)
 def test_stopped_in_an_evaluation(kwargs, total, event, first, tmp_path):
-    """Nothing but the evaluation is lost: what was collected is stored, and learned from when training goes on."""
+    """Nothing is lost: what was collected is stored, and learned from when training goes on."""
     straight = plain_model(**kwargs).learn(total)
     model = stop_in_an_evaluation(event, 28, first, total, tmp_path, **kwargs)
     assert model.num_timesteps == 28 and model.gradient_steps_left > 0
@@ -443,38 +443,28 @@ def test_remaining_timesteps(tmp_path):
     assert resumed.num_timesteps == 41 and resumed._total_timesteps == 41
 
 
-def test_compiled_where_it_was_compiled(tmp_path, monkeypatch):
-    """Where a long run was compiled, so is the short rest of it: otherwise results would differ in the last bits."""
-    compiled = []
-    monkeypatch.setattr(MRQ, "COMPILE_FROM", 15)
-    monkeypatch.setattr(Learner, "set_compiled", lambda self, c: compiled.append(c) or setattr(self, "compiled", c))
+@pytest.mark.parametrize("compile_from", [15, 25])
+def test_compiled_where_it_was_compiled(tmp_path, monkeypatch, compile_from):
+    """
+    The planned length of the whole run decides, so that the short rest of a run is compiled if the run was: otherwise results
+    would differ in the last bits.
+    """
+    monkeypatch.setattr(MRQ, "COMPILE_FROM", compile_from)
+    monkeypatch.setattr(Updates, "compile", lambda self, compiled: setattr(self, "compiled", compiled))
     monkeypatch.setattr(MRQ, "train", lambda *_, **__: None)
     model = tiny_model(SpaceEnv(), compile_updates="auto")
     model.learn(30, callback=ResumableCheckpointCallback(20, tmp_path, keep_last=None))
-    assert compiled == [False, True]
+    # 20 steps after the warm-up
+    assert model.updates.compiled is (compile_from == 15)
     resumed = MRQ.resume(list_checkpoints(tmp_path)[-1].path, SpaceEnv(), device="cpu")
+    assert not resumed.updates.compiled
     resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
-    assert compiled == [False, True, False, True]
-    # What follows stays compiled
-    resumed.learn(5, reset_num_timesteps=False)
-    assert compiled == [False, True, False, True]
-
-
-def test_compiled_when_it_would_have_been(tmp_path, monkeypatch):
-    """What short calls of ``learn`` add up to includes the training steps before the checkpoint."""
-    monkeypatch.setattr(MRQ, "COMPILE_FROM", 15)
-    monkeypatch.setattr(Learner, "set_compiled", lambda self, compiled: setattr(self, "compiled", compiled))
-    monkeypatch.setattr(MRQ, "train", lambda self, **_: setattr(self, "_n_updates", self._n_updates + 1))
-    whole = tiny_model(SpaceEnv(), compile_updates="auto")
-    whole.learn(24, callback=ResumableCheckpointCallback(20, tmp_path))
-    resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
-    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
-    assert resumed._n_updates == whole._n_updates == 14
-    for model in (whole, resumed):
-        model.learn(1, reset_num_timesteps=False)
-        assert not model.updates.compiled
-        model.learn(1, reset_num_timesteps=False)
-        assert model.updates.compiled
+    assert resumed.updates.compiled is model.updates.compiled
+    # Calls of ``learn`` that continue the run add to its length
+    resumed.learn(4, reset_num_timesteps=False)
+    assert resumed.updates.compiled is model.updates.compiled
+    resumed.learn(1, reset_num_timesteps=False)
+    assert resumed.updates.compiled
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -143,7 +143,7 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         self._slots: Slots | None = None
         # First slot of the ring of each environment
         self._ring = np.arange(self.n_envs) * self.buffer_size
-        # Write position in each ring: the slot of the latest next observation, or of the next first one if no segment is running
+        # Write position in each ring: slot of the latest next observation, or of the next first one if no segment is running
         self._write_pos = np.zeros(self.n_envs, dtype=np.int64)
         # Whether a segment is running, and how many transitions it has
         self._running = np.zeros(self.n_envs, dtype=bool)

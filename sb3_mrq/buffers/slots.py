@@ -20,9 +20,9 @@ class Slots:
     Arrays with an entry for each slot of a replay buffer, all on one device, and how to read them. Each environment has a ring
     of ``ring_size`` consecutive slots.
 
-    :param arrays: each with an entry for every slot, or more: ``actions``, ``rewards``, ``flags``, ``ages`` (observations before
-        this one in its segment), and for each key of the observations ``observations KEY``. If those are stacks stored as single
-        frames, there is ``zero_filled KEY``, and a frame of zeros after the last slot.
+    :param arrays: each with an entry for every slot, or more: ``actions``, ``rewards``, ``flags``, ``ages`` (observations
+        before this one in its segment), and for each key of the observations ``observations KEY``. If those are stacks stored
+        as single frames, there is ``zero_filled KEY``, and a frame of zeros after the last slot.
     :param observation_shapes: shape of one whole observation by key of a Dict, under None if the space is no Dict
     :param ring_size: slots of each environment
     :param n_envs: number of environments

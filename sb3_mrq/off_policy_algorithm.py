@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger
@@ -24,6 +24,17 @@ from sb3_mrq.persist.replay_files import load_replay_buffer, save_replay_buffer
 from sb3_mrq.persist.stopping import StopSignals
 
 SelfResumable = TypeVar("SelfResumable", bound="ResumableOffPolicyAlgorithm")
+
+
+class TrainingCallbacks(CallbackList):
+    """The callbacks of ``learn``. Once all of them are ready, training steps that were put off are done."""
+
+    model: "ResumableOffPolicyAlgorithm"
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        if self.model.gradient_steps_left > 0:
+            self.model.train(0, self.model.batch_size)
 
 
 class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
@@ -150,9 +161,12 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             # Something that was done since then, such as making an environment for evaluations, may have drawn from them
             set_generators(self, self.resumed_generators)
         self.resumed_generators = None
-        if self.gradient_steps_left > 0:
-            self.train(0, self.batch_size)
         return total_timesteps, callback
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        callbacks = TrainingCallbacks([super()._init_callback(callback, progress_bar)])
+        callbacks.model = self
+        return callbacks
 
     def _require_logger(self) -> None:
         """Without ``learn`` there is none yet."""

@@ -215,7 +215,7 @@ def test_a_million_frames(tmp_path):
         state = buffer.get_state()
         numbers = state.numbers
         expected = buffer.get_n_step(indices)
-        memory_of_buffer = sum(array.nbytes for array in state.places.values())
+        memory_of_buffer = sum(array.nbytes for array in state.slots.values())
         del buffer, state
         for _ in range(2):
             with PeakMemory() as memory:

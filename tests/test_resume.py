@@ -81,7 +81,7 @@ def outcome(model):
         "returns": [(info["r"], info["l"]) for info in model.ep_info_buffer],
         "numbers": (model._n_updates, model.num_timesteps, model._episode_num, model._current_progress_remaining),
         "scales": (model.reward_scale, model.target_reward_scale),
-        "buffer": [state.numbers, state.places, state.environments],
+        "buffer": [state.numbers, state.slots, state.environments],
         "generators": get_generators(model),
         "last_obs": (model._last_obs, model._last_original_obs if model.get_vec_normalize_env() else None),
     }

@@ -169,11 +169,11 @@ class TestMeasures:
         episodes = np.repeat(np.arange(12), [130, 7, 55, *[40] * 9])
         fold = measures.folds(episodes)
         assert np.bincount(fold).min() > 50
-        # Stretches stay together, and start anew with each episode
+        # Segments stay together, and start anew with each episode
         changes = np.flatnonzero(np.diff(fold)) + 1
         starts = np.flatnonzero(np.diff(episodes, prepend=-1))
         offset = changes - starts[episodes[changes]]
-        assert (offset % measures.STRETCH == 0).all() and len(changes) > 10
+        assert (offset % measures.SEGMENT == 0).all() and len(changes) > 10
 
     def test_ranks(self):
         basis = np.linalg.qr(RANDOM.normal(size=(40, 40)))[0]
@@ -537,6 +537,16 @@ class TestCallback:
             DiagnosticsCallback(SpaceEnv(), freq=0)
         with pytest.raises(ValueError, match="not for TD3"):
             TD3("MlpPolicy", SpaceEnv(), buffer_size=10).learn(1, callback=DiagnosticsCallback(SpaceEnv(), freq=1))
+
+    def test_without_sklearn(self, monkeypatch):
+        """Known before training, and before any episode is played."""
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+        message = r'The diagnostics need scikit-learn. Install it with: pip install "sb3-mrq\[train\]"'
+        model = tiny_model(SpaceEnv())
+        with pytest.raises(ImportError, match=message):
+            diagnose(model, SpaceEnv(), n_episodes=1)
+        with pytest.raises(ImportError, match=message):
+            model.learn(1, callback=DiagnosticsCallback(SpaceEnv(), freq=1))
 
     def test_none_before_the_first_update(self):
         model = tiny_model(SpaceEnv(), learning_starts=50)

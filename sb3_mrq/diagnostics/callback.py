@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_mrq.diagnostics import measures
 from sb3_mrq.diagnostics.diagnosis import Diagnosis, diagnose
 from sb3_mrq.diagnostics.episodes import wrap_env
 from sb3_mrq.mrq import MRQ
@@ -70,6 +71,7 @@ class DiagnosticsCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, MRQ):
             raise ValueError(f"DiagnosticsCallback is for MRQ, not for {type(self.model).__name__}.")
+        measures.check_sklearn()
         if self.draw_figures and importlib.util.find_spec("matplotlib") is None:
             raise ImportError(
                 'Figures need matplotlib. Install it with: pip install "sb3-mrq[train]", or set figures=False in '

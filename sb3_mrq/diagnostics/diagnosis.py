@@ -516,6 +516,7 @@ def diagnose(
             f"n_episodes ({n_episodes}) and max_steps ({max_steps}) must be at least 1 and exploration_noise "
             f"({exploration_noise}) not negative."
         )
+    measures.check_sklearn()
     vec_env = wrap_env(model, env)
     with no_side_effects(model):
         model.policy.set_training_mode(False)

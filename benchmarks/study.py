@@ -42,7 +42,7 @@ import torch as th
 import yaml
 from tqdm import tqdm
 
-from benchmarks.evaluation import COLUMNS, new_file
+from benchmarks.evaluation import new_file
 from sb3_mrq.checkpoints import newest_with_model
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
 from sb3_mrq.files import atomic_file
@@ -458,16 +458,13 @@ def gather(runs: Iterable[Run], out: Path) -> int:
     finished = {run: record for run, record in finished_runs(out).items() if now.get(run.folder, run).settings == run.settings}
     # With a name of its own, as another study may be at the same table
     with new_file(out / "results.csv") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(RESULT_COLUMNS)
+        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for run, record in finished.items():
+            of_run = {"algorithm": run.algorithm, "versions": record["versions"], "machine": record["machine"]}
             with (run.folder / "evaluations.csv").open(newline="") as evaluations:
-                for row in csv.DictReader(evaluations):
-                    measured = [row[name] for name in COLUMNS if name not in ("env", "seed", "timesteps")]
-                    # A rollout may go on beyond the last step that was asked for
-                    if int(row["timesteps"]) <= run.steps:
-                        where = (record["versions"], record["machine"])
-                        writer.writerow([run.task, run.algorithm, run.seed, row["timesteps"], *measured, *where])
+                # A rollout may end beyond the requested number of steps
+                writer.writerows(row | of_run for row in csv.DictReader(evaluations) if int(row["step"]) <= run.steps)
     return len(finished)
 
 

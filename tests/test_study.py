@@ -184,7 +184,7 @@ class TestStudy:
         assert run.can_go_on() and not run.finished()
         evaluations = run.folder / "evaluations.csv"
         # As of a step after the checkpoint
-        evaluations.write_text(evaluations.read_text() + "Pendulum-v1,35,0,-1,0,200,7\n")
+        evaluations.write_text(evaluations.read_text() + "Pendulum-v1,0,35,-1,0,200,7\n")
         first = list(csv.DictReader(evaluations.open()))
         # The first part was made with other versions
         versions = run.folder / study.VERSIONS
@@ -194,7 +194,7 @@ class TestStudy:
         assert study.execute(run) is None and run.finished()
         assert json.loads((run.folder / "run.json").read_text())["versions"] == f"python 2 / {now.strip()}"
         rows = list(csv.DictReader(evaluations.open()))
-        assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
+        assert [row["step"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
         assert not run.can_go_on()
 
@@ -205,7 +205,7 @@ class TestStudy:
         assert run.can_go_on() and not run.finished()
         assert study.execute(run) is None and run.finished()
         rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
-        assert [row["timesteps"] for row in rows] == ["0", "20", "40"]
+        assert [row["step"] for row in rows] == ["0", "20", "40"]
 
     def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
         runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
@@ -232,7 +232,7 @@ class TestStudy:
 
     def test_nothing_is_deleted_for_other_settings(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(study, "start", lambda *_, **__: None)
-        evaluations = f"{','.join(study.COLUMNS)}\nPendulum-v1,{{}},0,-7,0,200,1\n"
+        evaluations = f"{','.join(evaluation.COLUMNS)}\nPendulum-v1,0,{{}},-7,0,200,1\n"
         for n, steps in enumerate((40, 60, 80)):
             arguments = ["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path), "--steps", str(steps)]
             run = study.parse(arguments)[1][0]
@@ -247,7 +247,7 @@ class TestStudy:
             (run.folder / "evaluations.csv").write_text(evaluations.format(steps))
         for n, steps in ((1, 40), (2, 60)):
             old = run.folder.with_name(f"seed0.old-{n}")
-            assert f"Pendulum-v1,{steps}," in (old / "evaluations.csv").read_text()
+            assert f"Pendulum-v1,0,{steps}," in (old / "evaluations.csv").read_text()
             assert json.loads((old / "run.json").read_text())["settings"]["steps"] == steps
         assert [run.steps for run in study.finished_runs(tmp_path)] == [80]
 
@@ -302,7 +302,7 @@ class TestStudy:
             run = study.parse(["--tasks", task, *TINY, "--out", str(tmp_path)])[1][0]
             run.folder.mkdir(parents=True)
             (run.folder / "run.json").write_text(json.dumps({"settings": run.settings, "versions": "v", "machine": "m"}))
-            (run.folder / "evaluations.csv").write_text(f"{','.join(study.COLUMNS)}\n{task},20,0,-7,0,200,1\n")
+            (run.folder / "evaluations.csv").write_text(f"{','.join(evaluation.COLUMNS)}\n{task},0,20,-7,0,200,1\n")
 
         def tasks(*arguments):
             runs = study.parse([*arguments, "--out", str(tmp_path)])[1]
@@ -548,7 +548,7 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
     def learn(model, path, steps, *callbacks, **kwargs):
         env = make_vec_env(SpaceEnv, seed=1000)
         model.learn(steps, callback=[EvaluationCallback(env, path, 10, 2, "task"), *callbacks], **kwargs)
-        return [(row["timesteps"], row["return_mean"]) for row in csv.DictReader(path.open())]
+        return [(row["step"], row["return"]) for row in csv.DictReader(path.open())]
 
     straight = learn(tiny_model(SpaceEnv(), learning_starts=1000, seed=0), tmp_path / "straight.csv", 45)
     assert [step for step, _ in straight] == ["0", "10", "20", "30", "40", "45"]
@@ -585,7 +585,7 @@ def test_evaluations_that_a_signal_cuts_short(step, tmp_path):
             EvaluationCallback(make_vec_env(Ends, seed=1000), path, 10, 2, "task"),
         ]
         model.learn(steps, callback=callbacks, **kwargs)
-        return [(row["timesteps"], row["return_mean"]) for row in csv.DictReader(path.open())]
+        return [(row["step"], row["return"]) for row in csv.DictReader(path.open())]
 
     def model():
         return tiny_model(SpaceEnv(), learning_starts=1000, seed=0)
@@ -629,5 +629,5 @@ def test_seconds_of_training_go_on(tmp_path):
     model.save(tmp_path / "model")
     learn(MRQ.load(tmp_path / "model", env=SpaceEnv()), 20, reset_num_timesteps=False)
     rows = list(csv.DictReader(path.open()))
-    assert [row["timesteps"] for row in rows] == ["0", "90", "100", "110"]
+    assert [row["step"] for row in rows] == ["0", "90", "100", "110"]
     assert int(rows[1]["seconds"]) < 60 and 600 <= int(rows[2]["seconds"]) < 660

@@ -151,7 +151,7 @@ class TestStudy:
         output = capsys.readouterr().out
         table = tmp_path / "results.csv"
         assert (
-            f"3 runs, 0 of them finished before. Results go to {table}." in output and f"2 of 3 runs are in {table}" in output
+            f"3 runs, 0 of them already finished. Results go to {table}." in output and f"2 of 3 runs are in {table}" in output
         )
         assert re.search(r"FAILED dqn on Pendulum-v1, seed 0: exit status 1: .*action spaces.* \(see .*log.txt\)", output)
 
@@ -172,7 +172,7 @@ class TestStudy:
         before = record.stat().st_mtime_ns, (folder / "run.json").stat().st_mtime_ns
         record.write_text(json.dumps({"versions": "", "machine": ""}))
         study.main([*arguments[:3], "mrq-1-step,sac", *arguments[4:]])
-        assert "2 runs, 1 of them finished before." in capsys.readouterr().out
+        assert "2 runs, 1 of them already finished." in capsys.readouterr().out
         assert record.stat().st_mtime_ns > before[0] and (folder / "run.json").stat().st_mtime_ns == before[1]
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
@@ -181,7 +181,7 @@ class TestStudy:
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, KILLED))
         assert "exit status 9" in study.execute(run)
-        assert run.can_go_on() and not run.finished()
+        assert run.can_resume() and not run.finished()
         evaluations = run.folder / "evaluations.csv"
         # As of a step after the checkpoint
         evaluations.write_text(evaluations.read_text() + "Pendulum-v1,0,35,-1,0,200,7\n")
@@ -196,13 +196,13 @@ class TestStudy:
         rows = list(csv.DictReader(evaluations.open()))
         assert [row["step"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
-        assert not run.can_go_on()
+        assert not run.can_resume()
 
     def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
         assert study.execute(run) is not None
-        assert run.can_go_on() and not run.finished()
+        assert run.can_resume() and not run.finished()
         assert study.execute(run) is None and run.finished()
         rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
         assert [row["step"] for row in rows] == ["0", "20", "40"]
@@ -257,7 +257,7 @@ class TestStudy:
         (run.folder / study.CHECKPOINTS / "mrq_1_30_steps").mkdir(parents=True)
         for name in ("run.json", "settings.json"):
             (run.folder / name).write_text(content)
-        assert not run.finished() and not run.can_go_on() and study.gather([run], tmp_path) == 0
+        assert not run.finished() and not run.can_resume() and study.gather([run], tmp_path) == 0
         study.prepare(run)
         assert run.recorded_settings() == run.settings
 
@@ -278,12 +278,12 @@ class TestStudy:
 
         monkeypatch.setattr(study, "execute", execute)
         monkeypatch.setattr(study, "gather", fail(OSError("No space left on device")))
-        assert study.make(study.run_locally(runs, 1), runs, 3, tmp_path) == {} and begun == runs
+        assert study.collect(study.run_locally(runs, 1), runs, 3, tmp_path) == {} and begun == runs
         assert "results.csv could not be written: OSError('No space" in capsys.readouterr().out
         begun.clear()
         monkeypatch.setattr(study, "gather", fail(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            study.make(study.run_locally(runs, 1), runs, 3, tmp_path)
+            study.collect(study.run_locally(runs, 1), runs, 3, tmp_path)
         assert len(begun) < 3 and study.stopping.is_set()
 
     def test_two_tables_at_once(self, tmp_path):
@@ -381,7 +381,7 @@ class TestEnds:
         process.terminate()
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 130 and "Stopped. 0 runs are in" in output
-        assert self.is_free(run) and run.can_go_on()
+        assert self.is_free(run) and run.can_resume()
         assert "Training was stopped by SIGTERM, after a checkpoint" in (run.folder / "log.txt").read_text()
 
     def test_killed(self, running):
@@ -395,7 +395,7 @@ class TestEnds:
         assert len(list(csv.DictReader((run.folder / "evaluations.csv").open()))) >= 1
         os.kill(int(run_process), signal.SIGCONT)
         wait_for(lambda: self.is_free(run))
-        assert run.can_go_on()
+        assert run.can_resume()
 
     def test_signals(self):
         """Of a terminal that is closed, too, unless they are ignored, as by nohup."""

@@ -136,8 +136,6 @@ def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
     :param runs: results of one task and algorithm
     :return: the seeds of each precision, for runs whose column machine ends in a precision, as those of MR.Q in a study do
     """
-    if "machine" not in runs:
-        return []
     precisions = runs["machine"].str.split(", ").str[-1]
     named = precisions.isin(PRECISIONS)
     return [
@@ -177,9 +175,9 @@ def scores(results: pd.DataFrame) -> Scores:
         values = {algorithm: at_step(of_task[of_task["algorithm"] == algorithm], step) for algorithm in algorithms}
         missing = [algorithm for algorithm, of_seeds in values.items() if of_seeds.empty]
         if missing:
-            left_out[task] = f"nothing of {', '.join(missing)}"
+            left_out[task] = f"no results of {', '.join(missing)}"
         elif scale is None:
-            left_out[task] = "no returns are fixed that count as 0 and 1"
+            left_out[task] = "no fixed scale"
         else:
             low, high = scale
             columns[task] = {algorithm: (of_seeds - low) / (high - low) for algorithm, of_seeds in values.items()}
@@ -483,7 +481,7 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
     sections = ["<h2>Over all tasks</h2>"]
     not_in_it = html_list([f"{task}: {reason}" for task, reason in of.left_out.items()])
     if not of.matrices:
-        nothing = "There is no task that all algorithms were run on and that has a fixed scale, hence nothing over all tasks."
+        nothing = "There are no aggregates, as no task has a fixed scale and results of all algorithms."
         return [*sections, f'<p class="note">{nothing}</p>', not_in_it]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.7 + 0.45 * len(of.matrices)), sharey=True)
     for axis, key, name in zip(axes, ("iqm", "optimality_gap"), ("Interquartile mean", "Optimality gap"), strict=True):
@@ -492,16 +490,16 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
     save(figure, out, "aggregates")
     few = min(map(len, of.matrices.values()))
     sections += [
-        f'<p class="note">Over {len(of.tasks)} tasks, with 95 % intervals of a bootstrap stratified by task where there are '
-        f"at least {MIN_SEEDS} seeds. "
-        + ("Those of fewer than 5 seeds are too narrow. " if few < 5 else "")
-        + "Every task counts with as many seeds as the task with the fewest: "
+        f'<p class="note">Over {len(of.tasks)} task{"s" if len(of.tasks) > 1 else ""}. With at least {MIN_SEEDS} seeds there '
+        "are 95 % intervals, from a bootstrap stratified by task. "
+        + ("Intervals from fewer than 5 seeds are too narrow. " if few < 5 else "")
+        + "Every task has as many seeds as the task with the fewest: "
         + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in of.matrices.items())
         + f". Returns are normalised: {IN_WORDS}"
         + f". {'Left out:' if of.left_out else ''}</p>",
         not_in_it,
         picture("aggregates", "interquartile mean and optimality gap of each algorithm"),
-        "<details><summary>Seeds that are in it</summary>",
+        "<details><summary>Seeds of each task</summary>",
         html_list(
             [
                 f"{algorithm}: " + "; ".join(f"{task} {', '.join(map(str, seeds))}" for task, seeds in by_task.items())
@@ -538,10 +536,11 @@ def against_published(results: pd.DataFrame, published: pd.DataFrame, out: Path)
     last = comparison[comparison["step"] == comparison.groupby(["task", "algorithm"])["step"].transform("max")]
     return [
         "<h2>Against the published results</h2>",
-        '<p class="note">At the last step that both have, of all seeds that got there. "standard errors" is the distance of '
-        "the means, negative where ours is lower, in standard errors of their difference, &radic;(s&sup2;/n + s&sup2;/n) of "
-        "ours and theirs (Welch). The spread of a single seed of ours is not known, and the published one stands in for it; "
-        'that of a few is itself uncertain. All steps: <a href="published.csv">published.csv</a>.</p>',
+        '<p class="note">At the last common step, over all seeds with an evaluation there. "standard errors" is the '
+        "difference of the means, negative if ours is lower, in Welch's standard errors: &radic;(s&sup2;/n + s&sup2;/n) of "
+        "ours and theirs. For a single seed the published variance is used instead of ours; the variance of a few seeds is "
+        "itself uncertain. "
+        'All steps: <a href="published.csv">published.csv</a>.</p>',
         last.round(1).to_html(index=False, border=0),
     ]
 
@@ -563,8 +562,8 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     (out / "table.md").write_text(markdown(table) + "\n")
     sections = [
         "<h2>Returns</h2>",
-        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step that all runs of the task '
-        "were evaluated at; of the published results mean and range.</p>",
+        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step at which all runs of the '
+        "task were evaluated; mean and range of the published results.</p>",
         table.to_html(index=False, border=0),
         html_list(remarks(results)),
     ]
@@ -577,8 +576,8 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
 
     sections += [
         "<h2>Learning curves</h2>",
-        '<p class="note">Mean over seeds, and each of them; from '
-        f"{SEEDS_OF_A_BAND} seeds on the range from the lowest to the highest.",
+        '<p class="note">Mean over seeds, and each seed, or the range from lowest to highest with at least '
+        f"{SEEDS_OF_A_BAND} seeds.",
     ]
     sections[-1] += " Grey: published.</p>" if published is not None else "</p>"
     sections.append('<div class="curves">')
@@ -591,9 +590,7 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     sections.append("</div>")
     save(draw_overview(panels, results, published, colors), out, "overview")
 
-    machines = sorted(set(results["machine"].dropna())) if "machine" in results else []
-    versions = sorted(set(results["versions"].dropna())) if "versions" in results else []
-    sections += ["<h2>Made with</h2>", html_list([*versions, *machines])]
+    sections += ["<h2>Made with</h2>", html_list([*sorted(set(results["versions"])), *sorted(set(results["machine"]))])]
     summary = {"tasks": of.tasks, "left_out": of.left_out, "seeds": of.seeds, "algorithms": numbers}
     (out / "numbers.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "index.html").write_text(page(title, sections))

@@ -21,7 +21,15 @@ def results(returns, steps=(0, 10, 20)):
     """Rows of a study: returns grow from 0 at the first step to those given, by task and algorithm, at the last."""
     return pd.DataFrame(
         [
-            {"task": task, "algorithm": algorithm, "seed": seed, "step": step, "return": final * step / steps[-1]}
+            {
+                "task": task,
+                "algorithm": algorithm,
+                "seed": seed,
+                "step": step,
+                "return": final * step / steps[-1],
+                "versions": "v",
+                "machine": "m",
+            }
             for (task, algorithm), finals in returns.items()
             for seed, final in enumerate(finals)
             for step in steps
@@ -81,7 +89,7 @@ class TestReport:
         pendulum = {("Pendulum-v1", "mrq"): [-150], ("Pendulum-v1", "td3"): [-140]}
         of = report.scores(results({**RETURNS, **pendulum, ("Ant-v5", "mrq"): [1]}))
         assert of.tasks == list(TASKS)
-        assert of.left_out == {"Pendulum-v1": "no returns are fixed that count as 0 and 1", "Ant-v5": "nothing of td3"}
+        assert of.left_out == {"Pendulum-v1": "no fixed scale", "Ant-v5": "no results of td3"}
 
     def test_every_task_of_the_paper_has_a_scale(self):
         scales = [scale_of(task) for task in BENCHMARK_TASKS]
@@ -156,7 +164,7 @@ class TestReport:
             "mrq-bfloat16": {TASKS[0]: [0, 1, 2]},
             "mrq-1-step": {TASKS[0]: [0, 1]},
         }
-        assert numbers["left_out"] == {"Ant-v5": "nothing of mrq-bfloat16, mrq-1-step"}
+        assert numbers["left_out"] == {"Ant-v5": "no results of mrq-bfloat16, mrq-1-step"}
         of = numbers["algorithms"]
         assert of["td3"]["iqm"] == {"value": pytest.approx(0.1), "interval": None}
         assert of["mrq-1-step"]["iqm"]["interval"] is None and of["mrq-bfloat16"]["iqm"]["interval"][0] >= 0.6
@@ -164,9 +172,10 @@ class TestReport:
         assert of["td3"]["probability_that_it_is_improved_on"] == improvement
         assert "probability_that_it_is_improved_on" not in of["mrq-bfloat16"]
         text = (tmp_path / "index.html").read_text()
-        assert "where there are at least 3 seeds. Those of fewer than 5 seeds are too narrow." in text
+        assert "With at least 3 seeds there are 95 % intervals" in text
+        assert "Intervals from fewer than 5 seeds are too narrow." in text
         assert "td3 1, mrq-bfloat16 3, mrq-1-step 2." in text and f"mrq-bfloat16: {TASKS[0]} 0, 1, 2</li>" in text
-        assert "Ant-v5: nothing of mrq-bfloat16, mrq-1-step</li>" in text
+        assert "Ant-v5: no results of mrq-bfloat16, mrq-1-step</li>" in text
 
     def test_comparison(self, published):
         table = report.compare_with_published(results(RETURNS), report.read_published(published)).set_index("task")
@@ -238,7 +247,7 @@ class TestReport:
         shown = re.findall(r'src="([^"]+)"', text)
         tasks = {"dmc_walker-walk-v0.png", "HalfCheetah-v5.png", "Ant-v5.png"}
         assert set(shown) == {"aggregates.png", "improvement.png", *tasks}
-        assert "Ant-v5: nothing of td3</li>" in text and "-200 to 200 on LunarLander-v3. Left out:" in text
+        assert "Ant-v5: no results of td3</li>" in text and "-200 to 200 on LunarLander-v3. Left out:" in text
         for name in (*shown, "overview.png"):
             pixels = image.imread(out / name)
             assert pixels.shape[0] > 100 and pixels.std() > 0.01
@@ -256,7 +265,7 @@ class TestReport:
             path.write_text("# command: python -m x # y\n" + results({(task, algorithm): [30]}).to_csv(index=False))
         out = tmp_path / "report"
         report.main([*map(str, paths), "--out", str(out)])
-        assert "There is no task that all algorithms were run on" in (out / "index.html").read_text()
+        assert "There are no aggregates, as no task has a fixed scale" in (out / "index.html").read_text()
 
     def test_one_run(self, tmp_path):
         """Of one algorithm and one seed, with nothing to compare."""

@@ -535,7 +535,7 @@ class TestCallback:
     def test_wrong_use(self):
         with pytest.raises(ValueError, match="freq is 0"):
             DiagnosticsCallback(SpaceEnv(), freq=0)
-        with pytest.raises(ValueError, match="not for TD3"):
+        with pytest.raises(ValueError, match="supports the algorithm MRQ, not TD3"):
             TD3("MlpPolicy", SpaceEnv(), buffer_size=10).learn(1, callback=DiagnosticsCallback(SpaceEnv(), freq=1))
 
     def test_without_sklearn(self, monkeypatch):

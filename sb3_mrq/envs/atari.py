@@ -38,7 +38,7 @@ class AtariWrapper(gym.Wrapper, RecordConstructorArgs):
             raise TypeError(f"AtariWrapper needs image observations, but {env} has obs_type='ram'. Use obs_type='rgb'.")
         if env.observation_space.shape != emulator.observation_space.shape:
             raise TypeError(
-                f"AtariWrapper needs the frames of the emulator, but {env} changes them. Apply AtariWrapper before that wrapper."
+                f"AtariWrapper needs the frames of the emulator, but {env} changes them. Apply AtariWrapper before it."
             )
         emulator._frameskip = 1
         if hasattr(emulator, "_ezpickle_kwargs"):

@@ -637,9 +637,9 @@ class TestReport:
         import matplotlib
         from matplotlib import pyplot as plt
 
-        before = dict(matplotlib.rcParams)
+        before = dict(matplotlib.rcParams), plt.get_fignums()
         diagnosis.figures()
-        assert dict(matplotlib.rcParams) == before and plt.get_fignums() == []
+        assert (dict(matplotlib.rcParams), plt.get_fignums()) == before
 
     def test_without_matplotlib(self, diagnosis, monkeypatch):
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:

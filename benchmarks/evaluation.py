@@ -1,5 +1,5 @@
 """
-Evaluation during training, as the benchmarks do it: before the first step and every so many steps, returns to a CSV file.
+Evaluation during training for the benchmarks: before the first step and at a fixed interval, with the returns in a CSV file.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ import sb3_mrq
 from sb3_mrq import MRQ
 from sb3_mrq.diagnostics.episodes import no_side_effects
 
-# Section 5 of the paper's appendix: now and then, on Atari
+# Probability of a random action in evaluations on Atari, section 5 of the paper's appendix
 RANDOM_ACTIONS = 0.001
 
-COLUMNS = ("env", "timesteps", "seed", "return_mean", "return_std", "length_mean", "seconds")
+COLUMNS = ("task", "seed", "step", "return", "return_std", "length", "seconds")
 
 
 def processor() -> str:
     """
-    :return: name of the processor, as far as the system tells
+    :return: name of the processor, empty if unknown
     """
     cpuinfo = Path("/proc/cpuinfo")
     names = (
@@ -47,16 +47,15 @@ def processor() -> str:
 
 def commit(folder: Path) -> str | None:
     """
-    :param folder: with a package
-    :return: commit of the git repository that the package is part of, with "-dirty" where it was changed since. None for an
-        installed package.
+    :param folder: folder of a package
+    :return: commit of the package's git repository, with "-dirty" if files were changed since. None for an installed package.
     """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # A package may be installed inside of another repository
+        # A package may be installed inside another repository
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("describe", "--always", "--dirty", "--exclude", "*")
     except (OSError, subprocess.CalledProcessError):
@@ -65,7 +64,7 @@ def commit(folder: Path) -> str | None:
 
 def versions() -> str:
     """
-    :return: versions of Python and of the packages that results depend on, as far as they are installed
+    :return: versions of Python and of the installed packages that results depend on
     """
     found = [f"python {platform.python_version()}"]
     optional = ("rl-zoo3", "mujoco", "dm-control", "ale-py")
@@ -75,15 +74,15 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
         if name == "sb3-mrq":
-            of = commit(Path(sb3_mrq.__file__).parent)
-            found[-1] += f" ({of})" if of else ""
+            revision = commit(Path(sb3_mrq.__file__).parent)
+            found[-1] += f" ({revision})" if revision else ""
     return ", ".join(found)
 
 
 def machine(device: str | th.device) -> str:
     """
-    :param device: that a model is on
-    :return: what it runs on
+    :param device: device of a model
+    :return: architecture, threads, processor and device
     """
     gpu = f", {th.cuda.get_device_name()}" if "cuda" in str(device) else ""
     return f"{platform.machine()}, {th.get_num_threads()} threads of {processor()}, {device}{gpu}"
@@ -91,11 +90,11 @@ def machine(device: str | th.device) -> str:
 
 class RandomActions(VecEnvWrapper):
     """
-    Now and then a random action instead of the one given, as in evaluations on Atari.
+    Replace actions by random ones with a small probability, as in evaluations on Atari.
 
     :param venv: the environments
-    :param probability: of a random action, for each environment and step
-    :param seed: of both when and which
+    :param probability: probability of a random action, for each environment and step
+    :param seed: seed of the random actions and of their times
     """
 
     def __init__(self, venv: VecEnv, probability: float, seed: int):
@@ -127,29 +126,33 @@ class RandomActions(VecEnvWrapper):
 def papers_atari(env: VecEnv, seed: int) -> VecEnv:
     """
     :param env: Atari games to evaluate on
-    :param seed: of the random actions
-    :return: the same with random actions, as in the paper, and with the lengths of episodes in steps of the agent
+    :param seed: seed of the random actions
+    :return: the games with the paper's random actions, and with episode lengths in steps of the agent
     """
     env = RandomActions(env, RANDOM_ACTIONS, seed)
     with warnings.catch_warnings():
-        # The Monitor inside counts raw frames, several to a step
+        # The Monitor inside counts raw frames
         warnings.filterwarnings("ignore", "The environment is already wrapped with a `Monitor`", UserWarning)
         return VecMonitor(env)
 
 
 def copy_normalization(source: VecEnv, target: VecEnv) -> None:
     """
-    Copy the statistics of ``VecNormalize``, wherever that is among the wrappers on either side.
+    Copy the statistics of ``VecNormalize``, at any depth of wrappers.
 
-    :param source: environments to train on
-    :param target: environments to evaluate on
+    :param source: training environments
+    :param target: evaluation environments
+    :raises ValueError: if only the training environments have a ``VecNormalize``
     """
     ours, theirs = unwrap_vec_normalize(source), unwrap_vec_normalize(target)
     if ours is None:
         return
     if theirs is None:
-        raise ValueError("The environments are normalized for training, but not for evaluation.")
-    if hasattr(ours, "obs_rms"):  # not without norm_obs
+        raise ValueError(
+            "The environments are normalized for training, but not for evaluation. Wrap the evaluation environments in "
+            "VecNormalize too."
+        )
+    if hasattr(ours, "obs_rms"):  # missing with norm_obs=False
         theirs.obs_rms = deepcopy(ours.obs_rms)
     theirs.ret_rms = deepcopy(ours.ret_rms)
 
@@ -157,14 +160,14 @@ def copy_normalization(source: VecEnv, target: VecEnv) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
     """
-    :param path: of a file that others may be writing too
-    :return: a file that takes its place when it is complete
+    :param path: path of a file, which other processes may be writing too
+    :return: a temporary file that replaces it when complete
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(descriptor, "w", newline="") as file:
             yield file
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.chmod(temporary, 0o644)  # mkstemp gives access to the owner only
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -173,49 +176,46 @@ def new_file(path: Path) -> Iterator[IO[str]]:
 
 class EvaluationCallback(BaseCallback):
     """
-    Evaluate before the first step, every so many steps and at the end, append the returns to a CSV file, and stop where the
-    task is solved. Where a resumed run goes on, so does its file, from the step that it was resumed at.
-    An evaluation that a signal has cut short is made then.
+    Evaluate before the first step, at a fixed interval and at the end, and append the returns to a CSV file. A resumed run
+    continues its file from the step at which it was resumed, and repeats an evaluation that a signal cut short.
 
-    The first evaluation has the seed that the environments come with, all others their own ones from the seed of the model, so
-    that a resumed run is evaluated on the episodes that one without a break is.
+    The first evaluation uses the seed of the environments. Each later one has its own seed, derived from that of the model, so
+    that a resumed run is evaluated on the same episodes as an uninterrupted one.
 
     :param env: evaluation environments
-    :param path: CSV file; its heading is written where it does not exist
+    :param path: CSV file, created with a header if it does not exist
     :param freq: steps between two evaluations
-    :param n_episodes: episodes of an evaluation
-    :param task: value of the first column
-    :param until: mean return at which to stop, None for never
+    :param n_episodes: episodes per evaluation
+    :param task: value of the column task
     """
 
-    def __init__(self, env: VecEnv, path: Path, freq: int, n_episodes: int, task: str, until: float | None = None):
+    def __init__(self, env: VecEnv, path: Path, freq: int, n_episodes: int, task: str):
         super().__init__()
         self.env = env
         self.path = path
         self.freq = freq
         self.n_episodes = n_episodes
         self.task = task
-        self.until = until
 
     def _on_training_start(self) -> None:
         self.start = time.monotonic()
         self.next_evaluation = 0
         self.n_evaluations = 0
         if self.num_timesteps > 0:
-            self._go_on()
+            self._continue_file()
         self._evaluate_if_due()
 
-    def _go_on(self) -> None:
+    def _continue_file(self) -> None:
         with self.path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["timesteps"]) <= self.num_timesteps]
-        # Whole or as it was, if it ends here
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.num_timesteps]
+        # Never a partial file, even if the process is killed here
         with new_file(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         self.n_evaluations = len(rows)
-        self._plan_next(int(rows[-1]["timesteps"]) if rows else 0)
-        # As it was in the checkpoint
+        self._plan_next(int(rows[-1]["step"]) if rows else 0)
+        # From the checkpoint
         self.start -= self.model.training_seconds  # type: ignore[attr-defined]
 
     def _plan_next(self, last: int) -> None:
@@ -227,13 +227,13 @@ class EvaluationCallback(BaseCallback):
         if last < end:
             self.next_evaluation = min(self.next_evaluation, end)
 
-    def _evaluate_if_due(self) -> bool:
+    def _evaluate_if_due(self) -> None:
         if self.num_timesteps < self.next_evaluation:
-            return True
+            return
         started = time.monotonic()
         assert self.model.env is not None
         copy_normalization(self.model.env, self.env)
-        # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
+        # The paper samples from MR.Q's discrete policies, which must not affect the random numbers of training
         deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
         with no_side_effects(self.model):
             if self.n_evaluations and self.model.seed is not None:
@@ -246,8 +246,8 @@ class EvaluationCallback(BaseCallback):
         self.n_evaluations += 1
         row = (
             self.task,
-            self.num_timesteps,
             self.model.seed,
+            self.num_timesteps,
             f"{np.mean(returns):.2f}",
             f"{np.std(returns):.2f}",
             f"{np.mean(lengths):.1f}",
@@ -259,12 +259,12 @@ class EvaluationCallback(BaseCallback):
             if begins:
                 writer.writerow(COLUMNS)
             writer.writerow(row)
-        # The time of evaluations is not that of training
+        # Evaluations do not count as training time
         self.start += time.monotonic() - started
         print(f"{self.task} seed {self.model.seed} step {self.num_timesteps}: return {row[3]} +- {row[4]}", flush=True)
-        return self.until is None or float(np.mean(returns)) < self.until
 
     def _on_step(self) -> bool:
         # Saved with the model
         self.model.training_seconds = time.monotonic() - self.start  # type: ignore[attr-defined]
-        return self._evaluate_if_due()
+        self._evaluate_if_due()
+        return True

@@ -1,10 +1,10 @@
 """
-Measure the memory that a full replay buffer takes, and whether it grows when it is written further.
+Measure the memory of a full replay buffer, and its growth when further transitions are added.
 
     python -m benchmarks.memory HalfCheetah-v5
     python -m benchmarks.memory ALE/Pong-v5 --out benchmarks/results/memory-pong.json
 
-Some episodes of random actions are recorded and stored again and again. Linux only, where the system tells the memory used.
+A few episodes of random actions are recorded and added repeatedly. Linux only, as it reads ``/proc``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sb3_mrq.envs import AtariWrapper
 
 def resident() -> int:
     """
-    :return: bytes of memory that this process takes now
+    :return: resident memory of this process, in bytes
     """
     return 1024 * int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
@@ -34,8 +34,8 @@ def resident() -> int:
 def record(env: gym.Env, n_steps: int) -> list[tuple[Any, ...]]:
     """
     :param env: the environment
-    :param n_steps: transitions to record at least, up to the end of an episode
-    :return: observation, action, reward, terminated, truncated, next observation of each
+    :param n_steps: minimum number of transitions; the last episode is completed
+    :return: observation, action, reward, terminated, truncated and next observation of each transition
     """
     env.action_space.seed(0)
     obs, _ = env.reset(seed=0)
@@ -53,8 +53,10 @@ def record(env: gym.Env, n_steps: int) -> list[tuple[Any, ...]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task")
-    parser.add_argument("--size", type=int, default=1_000_000, help="places of the buffer (default: %(default)s)")
-    parser.add_argument("--further", type=int, default=200_000, help="transitions when it is full (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=1_000_000, help="capacity of the buffer (default: %(default)s)")
+    parser.add_argument(
+        "--further", type=int, default=200_000, help="transitions added to the full buffer (default: %(default)s)"
+    )
     parser.add_argument("--recorded", type=int, default=5_000, help="transitions to record (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args(arguments)

@@ -2,15 +2,14 @@
 Make the report of a study: learning curves, aggregate scores, a table and one page to look through them.
 
     python -m benchmarks.report runs/study-dmc/results.csv --out runs/study-dmc/report
-    python -m benchmarks.report benchmarks/results/mrq-*.csv --published <folder> --out runs/report
+    python -m benchmarks.report benchmarks/results/study-*.csv --published <folder> --out runs/report
 
-It takes the tables of ``benchmarks.study`` and the files of ``benchmarks.learning``. Algorithms are compared at the last step
-that all runs of a task have been evaluated at; those of ``benchmarks.learning`` that ``--until`` has stopped keep their last
-return from there on. The page names them, all runs that ended before others, and seeds computed in different precisions.
+Algorithms are compared at the last step at which all runs of a task were evaluated. The page lists runs that ended early, and
+seeds computed in different precisions.
 
-``--published`` names a folder with the returns that the paper's authors published (``gym.csv``, ``dmc.csv``,
-``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on). They are not part of this
-project. Where it is given they stand behind the curves, and a table compares them with the runs of ``mrq``.
+``--published`` names a folder with the returns published by the paper's authors (``gym.csv``, ``dmc.csv``,
+``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on), which are not part of this
+project. They are drawn behind the curves, and a table compares them with the runs of ``mrq``.
 """
 
 import argparse
@@ -38,94 +37,42 @@ from rliable import library, metrics
 from benchmarks.scales import IN_WORDS, scale_of
 from sb3_mrq.hyperparameters import PRECISIONS
 
-#: id of the environment from the name in the published files, by file
+#: format of the environment id, given the name in the published file
 PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-visual/{}-v0", "atari.csv": "ALE/{}"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PUBLISHED_COLOR = "#888888"
 PUBLISHED_NAME = "published"
-# Fewer seeds are drawn one by one: bands of several algorithms hide one another
+# Fewer seeds are drawn individually: overlapping bands hide one another
 SEEDS_OF_A_BAND = 5
 
-#: seeds that an interval takes
+#: fewest seeds for an interval
 MIN_SEEDS = 3
-#: what tells an evaluation from all others
+#: columns that identify an evaluation
 EVALUATION = ["task", "algorithm", "seed", "step"]
-
-
-def option(command: str, name: str) -> str | None:
-    """
-    :param command: a command line
-    :param name: of an option
-    :return: its value, None where it is not given
-    """
-    match = re.search(rf" --{name}[ =](\S+)", command)
-    return match[1] if match else None
-
-
-def read_results(path: Path) -> pd.DataFrame:
-    """
-    :param path: table of ``benchmarks.study``, or file of ``benchmarks.learning``
-    :return: columns task, algorithm, seed, step, return, versions, machine and solved (whether the run ended early as the task
-        was solved), among others
-    """
-    lines = path.read_text().splitlines()
-    table = pd.read_csv(path, comment="#" if lines[0].startswith("#") else None)
-    if "algorithm" in table:
-        return table.assign(solved=False)
-    heading = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    command = heading["command"]
-    precision, products = option(command, "precision") or "float32", option(command, "matmul-precision")
-    if "precision" in heading:
-        precision, products = heading["precision"].split(",")[0], heading["precision"].split()[-1]
-    # float32 with products in bfloat16 is another algorithm than plain float32
-    algorithm = "-".join(["mrq", precision, *(() if products in (None, "highest") else (products,))])
-    table = table.rename(columns={"env": "task", "timesteps": "step", "return_mean": "return"})
-    short = ~table["task"].str.contains(r"-v\d+$")
-    table.loc[short, "task"] = "dmc/" + table.loc[short, "task"] + "-v0"
-    until = option(command, "until")
-    solved = until is not None and bool(table["return"].iloc[-1] >= float(until))
-    return table.assign(algorithm=algorithm, versions=heading["versions"], machine=heading["machine"], solved=solved)
 
 
 def read_all(paths: Sequence[Path]) -> pd.DataFrame:
     """
-    :param paths: of tables and files
-    :return: all of their rows
-    :raises SystemExit: if an evaluation is there twice
+    :param paths: tables of ``benchmarks.study``
+    :return: all of their rows, with the column file
+    :raises SystemExit: if an evaluation occurs twice
     """
-    results = pd.concat([read_results(path).assign(file=str(path)) for path in paths], ignore_index=True)
+    results = pd.concat([pd.read_csv(path, comment="#").assign(file=str(path)) for path in paths], ignore_index=True)
     twice = results[results.duplicated(EVALUATION, keep=False)]
     if len(twice):
         task, algorithm, seed, step = twice.iloc[0][EVALUATION]
         files = twice[(twice[EVALUATION] == twice.iloc[0][EVALUATION]).all(axis=1)]["file"]
         raise SystemExit(
-            f"The evaluation of {algorithm} on {task}, seed {seed}, at step {step} is there twice: "
+            f"The evaluation of {algorithm} on {task}, seed {seed}, at step {step} occurs twice: "
             f"in {' and in '.join(files)}. Give each run once."
         )
     return results
 
 
-def carry_forward(results: pd.DataFrame) -> pd.DataFrame:
-    """
-    :param results: of all tasks
-    :return: the same, where runs that ended early as the task was solved have their last return at all later steps that others
-        of the task have. The column carried says which rows were added.
-    """
-    results = results.assign(carried=False)
-    if "solved" not in results:
-        return results
-    added = []
-    for (task, _, _), run in results[results["solved"].astype(bool)].groupby(EVALUATION[:3]):
-        last = run.loc[run["step"].idxmax()]
-        steps = results[results["task"] == task]["step"].unique()
-        added += [{**last, "step": step, "carried": True} for step in sorted(steps) if step > last["step"]]
-    return pd.concat([results, pd.DataFrame(added)], ignore_index=True) if added else results
-
-
 def read_published(folder: Path) -> pd.DataFrame:
     """
-    :param folder: with the published returns
-    :return: columns task, step, seed, return
+    :param folder: folder of the published returns
+    :return: table with the columns task, step, seed, return
     """
     frames = []
     for name, pattern in PUBLISHED.items():
@@ -135,9 +82,9 @@ def read_published(folder: Path) -> pd.DataFrame:
             long["task"] = long["env"].map(pattern.format)
             frames.append(long.rename(columns={"timesteps": "step"})[["task", "step", "seed", "return"]])
     if not frames:
-        raise SystemExit(f"There is none of {', '.join(PUBLISHED)} in {folder}.")
+        raise SystemExit(f"{folder} has no published returns: it must contain at least one of {', '.join(PUBLISHED)}.")
     published = pd.concat(frames).dropna()
-    # Version 5 of Gym's locomotion tasks is compared with version 4
+    # The published locomotion results are of version 4, to which version 5 is compared
     newer = published[published["task"].str.match(r"^[A-Za-z0-9]+-v4$")]
     return pd.concat([published, newer.assign(task=newer["task"].str.replace("-v4", "-v5"))])
 
@@ -146,7 +93,7 @@ def at_step(frame: pd.DataFrame, step: int | None) -> pd.Series:
     """
     :param frame: results of one task and algorithm
     :param step: a step
-    :return: return of each seed that was evaluated at this step and has a number there, by seed
+    :return: finite return of each seed at this step, indexed by seed
     """
     return frame[frame["step"] == step].set_index("seed")["return"].dropna().sort_index().astype(float)
 
@@ -155,7 +102,7 @@ def last_common_step(results: pd.DataFrame, task: str) -> int | None:
     """
     :param results: of all tasks
     :param task: a task
-    :return: last step that every run, all seeds of all algorithms, was evaluated at; None where there is none
+    :return: last step at which every run, all seeds of all algorithms, was evaluated; None if there is none
     """
     steps = results[results["task"] == task].groupby(["algorithm", "seed"])["step"]
     return max(set.intersection(*(set(of_run) for _, of_run in steps)), default=None)
@@ -163,20 +110,17 @@ def last_common_step(results: pd.DataFrame, task: str) -> int | None:
 
 def remarks(results: pd.DataFrame) -> list[str]:
     """
-    :param results: of all tasks, with what was carried forward
-    :return: a sentence for each run that is not compared with its return at the end of the others, and for runs of one
-        algorithm that were computed in different precisions
+    :param results: results of all tasks
+    :return: a sentence for each run that ended early or has no finite return, and for each algorithm whose seeds were computed
+        in different precisions
     """
     sentences = []
     for task, of_task in results.groupby("task", sort=False):
         step, last = last_common_step(results, task), of_task["step"].max()
         for (algorithm, seed), run in of_task.groupby(["algorithm", "seed"], sort=False):
             name = f"{algorithm} on {task}, seed {seed}"
-            evaluated = run[~run["carried"]]
-            end = evaluated["step"].max()
-            if len(evaluated) < len(run):
-                sentences.append(f"* {name}: solved at {end:,} steps, with the return there from then on.")
-            elif end < last:
+            end = run["step"].max()
+            if end < last:
                 sentences.append(f"{name}: ended at {end:,} steps of {last:,}.")
             if run[run["step"] == step]["return"].isna().any():
                 sentences.append(f"{name}: left out, as its return at {step:,} steps is not a number.")
@@ -189,11 +133,9 @@ def remarks(results: pd.DataFrame) -> list[str]:
 
 def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
     """
-    :param runs: of one task and algorithm
-    :return: for each precision which seeds were computed in it, where the machine is said with it, as for MR.Q in a study
+    :param runs: results of one task and algorithm
+    :return: the seeds of each precision, for runs whose column machine ends in a precision, as those of MR.Q in a study do
     """
-    if "machine" not in runs:
-        return []
     precisions = runs["machine"].str.split(", ").str[-1]
     named = precisions.isin(PRECISIONS)
     return [
@@ -207,10 +149,10 @@ class Scores:
     """
     Normalised returns at the last common step.
 
-    :param matrices: by algorithm, (n_seeds, n_tasks). Every task has as many seeds as that with the fewest, the first ones.
-    :param tasks: those that all algorithms were run on and that have a scale
-    :param seeds: the seeds that are in it, by algorithm and task
-    :param left_out: why tasks are not in it
+    :param matrices: scores by algorithm, (n_seeds, n_tasks). Every task has as many seeds as the task with the fewest.
+    :param tasks: tasks that have a scale and results of all algorithms
+    :param seeds: seeds in the matrices, by algorithm and task
+    :param left_out: reason for each task that is left out
     """
 
     matrices: dict[str, np.ndarray]
@@ -221,7 +163,7 @@ class Scores:
 
 def scores(results: pd.DataFrame) -> Scores:
     """
-    :param results: of all tasks
+    :param results: results of all tasks
     :return: their scores
     """
     algorithms = list(dict.fromkeys(results["algorithm"]))
@@ -233,11 +175,9 @@ def scores(results: pd.DataFrame) -> Scores:
         values = {algorithm: at_step(of_task[of_task["algorithm"] == algorithm], step) for algorithm in algorithms}
         missing = [algorithm for algorithm, of_seeds in values.items() if of_seeds.empty]
         if missing:
-            left_out[task] = f"nothing of {', '.join(missing)}"
-        elif of_task.get("carried", pd.Series(dtype=bool)).any():
-            left_out[task] = "runs that --until has stopped have the good return that stopped them"
+            left_out[task] = f"no results of {', '.join(missing)}"
         elif scale is None:
-            left_out[task] = "no returns are fixed that count as 0 and 1"
+            left_out[task] = "no fixed scale"
         else:
             low, high = scale
             columns[task] = {algorithm: (of_seeds - low) / (high - low) for algorithm, of_seeds in values.items()}
@@ -253,12 +193,12 @@ def scores(results: pd.DataFrame) -> Scores:
 def intervals(matrices: Mapping[str, Any], function: Any, reps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """
     :param matrices: scores by algorithm
-    :param function: from scores to an array of statistics
+    :param function: maps scores to an array of statistics
     :param reps: bootstrap samples, stratified by task
     :return: statistics and their 95 % intervals, (2, n_statistics), by algorithm
     """
     before = np.random.get_state()
-    # rliable takes a generator, but draws from numpy's
+    # rliable accepts a generator, but draws from numpy's global one
     np.random.seed(0)
     try:
         return library.get_interval_estimates(dict(matrices), function, reps=reps)
@@ -271,8 +211,8 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     :param matrices: normalised scores by algorithm
     :param reps: bootstrap samples
     :return: interquartile mean and optimality gap of each algorithm, and the probability that ``mrq`` (else its first variant,
-        else the first algorithm) improves on each of the others, each with its 95 % interval, None where there are fewer than
-        ``MIN_SEEDS`` seeds, of which a bootstrap cannot tell
+        else the first algorithm) improves on each of the others. Each has a 95 % interval, or None with fewer than
+        ``MIN_SEEDS`` seeds.
     """
     numbers: dict[str, Any] = {}
 
@@ -309,9 +249,9 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
 def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, str]:
     """
     :param ours: returns of our seeds
-    :param theirs: returns of the published ones
-    :return: how far the means are apart in standard errors, negative where ours is lower, and what these are from: the spreads
-        of both (Welch), or that of the published ones alone where we have but one seed
+    :param theirs: returns of the published seeds
+    :return: difference of the means in standard errors, negative if ours is lower, and the source of the standard error: the
+        variances of both (Welch), or the published variance alone if we have a single seed
     """
     spread = theirs.var(ddof=1)
     own, source = (ours.var(ddof=1), "Welch") if len(ours) > 1 else (spread, "published spread")
@@ -321,10 +261,10 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, str]:
 
 def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """
-    :param results: of all tasks
+    :param results: results of all tasks
     :param published: published returns
-    :return: a row for every task and step that both have: number, mean and spread of our seeds, mean and spread of theirs,
-        whether the mean and all of ours are at least the lowest of theirs, and how many standard errors the means are apart
+    :return: a row for every task and step that both have: number, mean and range of our seeds, mean and range of theirs,
+        whether our mean and all our seeds reach the lowest of theirs, and the difference of the means in standard errors
     """
     rows = []
     ours_alone = results[results["algorithm"].str.startswith("mrq")]
@@ -361,15 +301,15 @@ def panel_of(task: str, tasks: Sequence[str]) -> str:
     """
     :param task: a task
     :param tasks: all tasks
-    :return: the task that it is drawn with: version 4 of a locomotion task with version 5, to which the same published returns
-        belong, every other one by itself
+    :return: title of the panel it is drawn in: version 4 of a locomotion task shares the panel of version 5 and its published
+        returns, every other task has its own
     """
     newer = task.removesuffix("-v4") + "-v5"
     return newer if task.endswith("-v4") and newer in tasks else task
 
 
 def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]) -> None:
-    """Learning curves of one panel: the mean of the seeds, and each of them where they are few, or else their range."""
+    """Learning curves of one panel: the mean of the seeds, and each seed if they are few, or else their range."""
     tasks = results["task"].unique()
     of_panel = results[[panel_of(task, tasks) == panel for task in results["task"]]]
     last = of_panel["step"].max()
@@ -379,7 +319,7 @@ def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.Dat
             axes.fill_between(theirs.min().index, theirs.min(), theirs.max(), color=PUBLISHED_COLOR, alpha=0.25, linewidth=0)
             axes.plot(theirs.mean().index, theirs.mean(), color=PUBLISHED_COLOR, linestyle="--", label=PUBLISHED_NAME)
     for (task, algorithm), frame in of_panel.groupby(["task", "algorithm"], sort=False):
-        # Only steps that all seeds have, so that the mean is always of the same ones
+        # Only steps that all seeds have, so that the mean is always over the same seeds
         table = frame.pivot(index="step", columns="seed", values="return").dropna()
         if table.shape[1] < SEEDS_OF_A_BAND:
             axes.plot(table.index, table, color=colors[algorithm], alpha=0.5, linewidth=0.7)
@@ -402,8 +342,8 @@ def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.Dat
 def draw_overview(
     panels: Sequence[str], results: pd.DataFrame, published: pd.DataFrame | None, colors: dict[str, str]
 ) -> Figure:
-    """All panels in one figure, with the numbers of seeds in each, and what lines and bands are."""
-    # Rows that are full, or nearly
+    """All panels in one figure, with the numbers of seeds and a caption that explains lines and bands."""
+    # As few empty cells as possible
     n_columns = 2 if len(panels) == 4 else min(3, len(panels))
     n_rows = -(-len(panels) // n_columns)
     size = (4.2 * n_columns, 3.3 * n_rows + 0.3)
@@ -420,13 +360,13 @@ def draw_overview(
     if published is not None and grey:
         caption += f" Grey: the {published['seed'].nunique()} published seeds and their mean"
         caption += ", of v4 where v5 is shown." if any(re.fullmatch(r"\w+-v5", panel) for panel in panels) else "."
-    # As many letters as an inch has
+    # Letters per inch
     figure.supxlabel(textwrap.fill(caption, round(13.5 * size[0])), fontsize=9)
     return figure
 
 
 def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float] | None, str]], title: str, label: str) -> None:
-    """Horizontal bars: name, value, 95 % interval (if there is one) and colour of each."""
+    """Horizontal bars, given by name, value, 95 % interval or None, and colour."""
     for y, (_, value, interval, color) in enumerate(rows):
         if interval is not None:
             low, high = interval
@@ -443,7 +383,7 @@ def draw_intervals(axes: Axes, rows: Sequence[tuple[str, float, Sequence[float] 
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Save a figure as PNG and SVG, the same ones each time, and return its name."""
+    """Save a figure as reproducible PNG and SVG files and return its name."""
     figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
     with plt.rc_context({"svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
@@ -453,10 +393,9 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.DataFrame:
     """
-    :param results: of all tasks, with what was carried forward
-    :param published: published returns, if there are any
-    :return: a row for every task: the last common step, and mean and standard deviation of each algorithm there, with a star
-        where something was carried forward
+    :param results: results of all tasks
+    :param published: published returns, if available
+    :return: a row for every task: the last common step, and mean and standard deviation of each algorithm at that step
     """
     rows = []
     for task in dict.fromkeys(results["task"]):
@@ -466,8 +405,7 @@ def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.Dat
             values = at_step(frame, step)
             if len(values):
                 spread = f" ± {values.std(ddof=1):.0f}" if len(values) > 1 else ""
-                star = "*" if frame[frame["step"] == step]["carried"].any() else ""
-                row[algorithm] = f"{values.mean():.0f}{spread} ({len(values)}){star}"
+                row[algorithm] = f"{values.mean():.0f}{spread} ({len(values)})"
         if published is not None:
             values = at_step(published[published["task"] == task], step)
             if len(values):
@@ -479,7 +417,7 @@ def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.Dat
 
 def markdown(table: pd.DataFrame) -> str:
     """
-    :param table: of texts and numbers
+    :param table: table of texts and numbers
     :return: the same in Markdown
     """
 
@@ -508,8 +446,8 @@ img {{ max-width: 100%; height: auto; }}
 
 def page(title: str, sections: Sequence[str]) -> str:
     """
-    :param title: of the page
-    :param sections: HTML
+    :param title: title of the page
+    :param sections: sections in HTML
     :return: the page
     """
     return PAGE.format(title=html.escape(title), body="\n".join([f"<h1>{html.escape(title)}</h1>", *sections]))
@@ -517,17 +455,17 @@ def page(title: str, sections: Sequence[str]) -> str:
 
 def picture(name: str, description: str) -> str:
     """
-    :param name: of a figure
-    :param description: for those who do not see it
-    :return: HTML that shows it
+    :param name: name of a figure
+    :param description: alternative text
+    :return: HTML that shows the figure
     """
     return f'<a href="{name}.svg"><img src="{name}.png" alt="{html.escape(description)}"></a>'
 
 
 def html_list(lines: Sequence[str]) -> str:
     """
-    :param lines: texts
-    :return: HTML that lists them
+    :param lines: lines of text
+    :return: HTML list, empty without lines
     """
     return "\n".join(["<ul>", *(f"<li>{html.escape(line)}</li>" for line in lines), "</ul>"]) if lines else ""
 
@@ -535,15 +473,15 @@ def html_list(lines: Sequence[str]) -> str:
 def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[str, str]) -> list[str]:
     """
     :param of: scores
-    :param numbers: aggregates of them
+    :param numbers: their aggregates
     :param out: folder for the figures
-    :param colors: by algorithm
-    :return: HTML
+    :param colors: colours by algorithm
+    :return: sections in HTML
     """
     sections = ["<h2>Over all tasks</h2>"]
     not_in_it = html_list([f"{task}: {reason}" for task, reason in of.left_out.items()])
     if not of.matrices:
-        nothing = "There is no task that all algorithms were run on and that has a fixed scale, hence nothing over all tasks."
+        nothing = "There are no aggregates, as no task has a fixed scale and results of all algorithms."
         return [*sections, f'<p class="note">{nothing}</p>', not_in_it]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.7 + 0.45 * len(of.matrices)), sharey=True)
     for axis, key, name in zip(axes, ("iqm", "optimality_gap"), ("Interquartile mean", "Optimality gap"), strict=True):
@@ -552,16 +490,16 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
     save(figure, out, "aggregates")
     few = min(map(len, of.matrices.values()))
     sections += [
-        f'<p class="note">Over {len(of.tasks)} tasks, with 95 % intervals of a bootstrap stratified by task where there are '
-        f"at least {MIN_SEEDS} seeds. "
-        + ("Those of fewer than 5 seeds are too narrow. " if few < 5 else "")
-        + "Every task counts with as many seeds as the task with the fewest: "
+        f'<p class="note">Over {len(of.tasks)} task{"s" if len(of.tasks) > 1 else ""}. With at least {MIN_SEEDS} seeds there '
+        "are 95 % intervals, from a bootstrap stratified by task. "
+        + ("Intervals from fewer than 5 seeds are too narrow. " if few < 5 else "")
+        + "Every task has as many seeds as the task with the fewest: "
         + ", ".join(f"{html.escape(name)} {len(matrix)}" for name, matrix in of.matrices.items())
         + f". Returns are normalised: {IN_WORDS}"
         + f". {'Left out:' if of.left_out else ''}</p>",
         not_in_it,
         picture("aggregates", "interquartile mean and optimality gap of each algorithm"),
-        "<details><summary>Seeds that are in it</summary>",
+        "<details><summary>Seeds of each task</summary>",
         html_list(
             [
                 f"{algorithm}: " + "; ".join(f"{task} {', '.join(map(str, seeds))}" for task, seeds in by_task.items())
@@ -586,10 +524,10 @@ def over_all_tasks(of: Scores, numbers: dict[str, Any], out: Path, colors: dict[
 
 def against_published(results: pd.DataFrame, published: pd.DataFrame, out: Path) -> list[str]:
     """
-    :param results: of all tasks
+    :param results: results of all tasks
     :param published: published returns
     :param out: folder for the table
-    :return: HTML
+    :return: sections in HTML
     """
     comparison = compare_with_published(results, published)
     if not len(comparison):
@@ -598,10 +536,11 @@ def against_published(results: pd.DataFrame, published: pd.DataFrame, out: Path)
     last = comparison[comparison["step"] == comparison.groupby(["task", "algorithm"])["step"].transform("max")]
     return [
         "<h2>Against the published results</h2>",
-        '<p class="note">At the last step that both have, of all seeds that got there. "standard errors" is the distance of '
-        "the means, negative where ours is lower, in standard errors of their difference, &radic;(s&sup2;/n + s&sup2;/n) of "
-        "ours and theirs (Welch). The spread of a single seed of ours is not known, and the published one stands in for it; "
-        'that of a few is itself uncertain. All steps: <a href="published.csv">published.csv</a>.</p>',
+        '<p class="note">At the last common step, over all seeds with an evaluation there. "standard errors" is the '
+        "difference of the means, negative if ours is lower, in Welch's standard errors: &radic;(s&sup2;/n + s&sup2;/n) of "
+        "ours and theirs. For a single seed the published variance is used instead of ours; the variance of a few seeds is "
+        "itself uncertain. "
+        'All steps: <a href="published.csv">published.csv</a>.</p>',
         last.round(1).to_html(index=False, border=0),
     ]
 
@@ -609,23 +548,22 @@ def against_published(results: pd.DataFrame, published: pd.DataFrame, out: Path)
 def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path, title: str, reps: int = 5000) -> None:
     """
     :param results: rows of ``benchmarks.study``
-    :param published: published returns, if there are any
-    :param out: folder for the report, ``index.html`` and what it shows
-    :param title: of the page
+    :param published: published returns, if available
+    :param out: folder for ``index.html``, figures and tables
+    :param title: title of the page
     :param reps: bootstrap samples
     """
     out.mkdir(parents=True, exist_ok=True)
     algorithms = list(dict.fromkeys(results["algorithm"]))
     colors = {algorithm: COLORS[k % len(COLORS)] for k, algorithm in enumerate(algorithms)}
     tasks = list(dict.fromkeys(results["task"]))
-    as_evaluated, results = results, carry_forward(results)
 
     table = final_table(results, published)
     (out / "table.md").write_text(markdown(table) + "\n")
     sections = [
         "<h2>Returns</h2>",
-        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step that all runs of the task '
-        "were evaluated at; of the published results mean and range.</p>",
+        '<p class="note">Mean and standard deviation over seeds (number of seeds) at the last step at which all runs of the '
+        "task were evaluated; mean and range of the published results.</p>",
         table.to_html(index=False, border=0),
         html_list(remarks(results)),
     ]
@@ -634,12 +572,12 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     numbers = aggregates(of.matrices, reps) if of.matrices else {}
     sections += over_all_tasks(of, numbers, out, colors)
     if published is not None:
-        sections += against_published(as_evaluated, published, out)
+        sections += against_published(results, published, out)
 
     sections += [
         "<h2>Learning curves</h2>",
-        '<p class="note">Mean over seeds, and each of them; from '
-        f"{SEEDS_OF_A_BAND} seeds on the range from the lowest to the highest.",
+        '<p class="note">Mean over seeds, and each seed, or the range from lowest to highest with at least '
+        f"{SEEDS_OF_A_BAND} seeds.",
     ]
     sections[-1] += " Grey: published.</p>" if published is not None else "</p>"
     sections.append('<div class="curves">')
@@ -652,9 +590,7 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     sections.append("</div>")
     save(draw_overview(panels, results, published, colors), out, "overview")
 
-    machines = sorted(set(results["machine"].dropna())) if "machine" in results else []
-    versions = sorted(set(results["versions"].dropna())) if "versions" in results else []
-    sections += ["<h2>Made with</h2>", html_list([*versions, *machines])]
+    sections += ["<h2>Made with</h2>", html_list([*sorted(set(results["versions"])), *sorted(set(results["machine"]))])]
     summary = {"tasks": of.tasks, "left_out": of.left_out, "seeds": of.seeds, "algorithms": numbers}
     (out / "numbers.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "index.html").write_text(page(title, sections))
@@ -662,7 +598,7 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="tables of studies, and files of single runs")
+    parser.add_argument("results", nargs="+", type=Path, help="tables of studies")
     parser.add_argument("--published", type=Path, help="folder with the published returns")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--title", default="MR.Q")

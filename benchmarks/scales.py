@@ -1,6 +1,5 @@
 """
-Which returns count as 0 and 1 where scores of several tasks are put together: fixed, as they must not depend on what else was
-run.
+Returns that are normalised to 0 and 1. They are fixed, so that scores do not depend on the other algorithms of a study.
 """
 
 #: returns of random actions and of TD3 after 1 M steps in version 4 of the Gym tasks, as in the paper
@@ -12,7 +11,7 @@ GYM = {
     "Walker2d": (2.8, 3946),
 }
 
-#: returns of random play and of people, from which human-normalised scores are computed (Mnih et al., 2015; Wang et al., 2016)
+#: returns of random and of human play, for human-normalised scores (Mnih et al., 2015; Wang et al., 2016)
 ATARI = {
     "Alien": (227.8, 7127.7),
     "Amidar": (5.8, 1719.5),
@@ -74,10 +73,10 @@ ATARI = {
 }
 
 #: CartPole has at most 500 steps, each with a reward of 1, and Acrobot at most 500 of -1. -100 on Acrobot and 200 on
-#: LunarLander are gymnasium's thresholds of solved tasks; LunarLander has no lowest return, so that 0 is put in the middle.
+#: LunarLander are gymnasium's thresholds of solved tasks. LunarLander has no lowest return: -200 centres the range at 0.
 OTHERS = {"CartPole-v1": (0.0, 500.0), "Acrobot-v1": (-500.0, -100.0), "LunarLander-v3": (-200.0, 200.0)}
 
-#: in words
+#: description of the scales
 IN_WORDS = (
     "0 to 1000 in the DeepMind Control suite, random play to human play on Atari (human-normalised scores), random actions to "
     "TD3 after a million steps in Gym locomotion, "
@@ -88,7 +87,7 @@ IN_WORDS = (
 def scale_of(task: str) -> tuple[float, float] | None:
     """
     :param task: a task
-    :return: returns that count as 0 and 1, None for tasks that none are fixed for
+    :return: returns that are normalised to 0 and 1, None for tasks without a scale
     """
     suite, _, name = task.rpartition("/")
     if suite in ("dmc", "dmc-visual"):

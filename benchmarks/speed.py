@@ -38,11 +38,10 @@ from benchmarks.evaluation import processor
 from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
-from sb3_mrq.accelerate.updates import release
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
-from sb3_mrq.accelerate.precision import bfloat16_is_fast
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)
@@ -193,13 +192,16 @@ def time_updates(device: str, seconds: float, without_compiling: bool = False, i
     n_step = model.replay_buffer.sample_n_step(model.batch_size)
 
     def update_encoder() -> None:
-        model._train_encoder(model.batch_size) if model._device_training else model._update_encoder(subtrajectories)
+        if model.updates.on_device:
+            model.updates.encoder()
+        else:
+            model.learner.update_encoder(subtrajectories)
 
     def update_value_and_policy() -> None:
-        if model._device_training:
-            model._train_value_and_policy(model.batch_size)
+        if model.updates.on_device:
+            model.updates.value_and_policy()
         else:
-            model._update_value_and_policy(n_step)
+            model.learner.update_value_and_policy(n_step)
 
     gflop = {}
     for name, update in (("encoder", update_encoder), ("value_and_policy", update_value_and_policy)):
@@ -217,17 +219,16 @@ def time_updates(device: str, seconds: float, without_compiling: bool = False, i
         row: dict[str, Any] = {"matmul_gflops": rate / 1e9, "floor_ms": floor}
         for mode in modes(device, without_compiling):
             model.learner.hyperparameters = replace(model.learner.hyperparameters, precision=precision)
-            model.learner.set_compiled("compiled" in mode)
-            release(model)
-            model._device_training = None
-            model._may_capture = "captured" in mode
+            model.updates.compile("compiled" in mode)
+            model.updates.release()
+            model.updates.may_capture = "captured" in mode
             start = time.perf_counter()
-            model._prepare_capturing(model.batch_size)
+            model.updates.prepare(model.replay_buffer, model.batch_size)
             for _ in range(5):
                 update_encoder()
                 update_value_and_policy()
             synchronize()
-            if "captured" in mode and not (model._device_training and model._device_training.captured):
+            if "captured" in mode and not model.updates.captured:
                 sys.exit("The updates could not be captured.")
             first = time.perf_counter() - start
             encoder, value = 1e3 * fastest(update_encoder, seconds), 1e3 * fastest(update_value_and_policy, seconds)

@@ -1,16 +1,15 @@
 """
-Train every task, algorithm and seed of a study, several at once, and gather the results in one table.
+Train every task, algorithm and seed of a study, several at once, and collect the results in one table.
 
     python -m benchmarks.study --suite dmc --algos mrq,td3,sac --seeds 3 --steps 30000
     python -m benchmarks.study --tasks CartPole-v1 Acrobot-v1 --algos mrq,dqn,qrdqn --seeds 2 --steps 30000 --out runs/discrete
 
-Each run is rl-zoo3's training script, with its hyperparameters, in a process of its own; it evaluates every so many steps,
-before the first one too. When the same command is given again, runs that are finished are skipped, and those that were broken
-off go on from their last checkpoint (those of other algorithms than MRQ begin anew). What was run with other settings is never
-deleted: its folder is renamed. Runs that fail are named at the end. ``<out>/results.csv`` holds a row for every evaluation of
-every finished run in the folder, those of other commands too.
+Each run is rl-zoo3's training script, with its hyperparameters, in its own process, evaluated before the first step and at a
+fixed interval. Repeating a command skips finished runs and resumes interrupted ones from their last checkpoint (MRQ) or from
+the beginning (other algorithms). Results of other settings are never deleted: their folder is renamed. Failed runs are listed
+at the end. ``<out>/results.csv`` has a row for every evaluation of every finished run in the folder, also of other commands.
 
-SIGTERM, a terminal that is closed and Ctrl-C end the study and its runs, those of MRQ with a checkpoint.
+SIGTERM, Ctrl-C and closing the terminal end the study and its runs, those of MRQ with a checkpoint.
 
 ``--backend ray`` distributes the runs over a Ray cluster whose machines share the folder ``--out``.
 """
@@ -42,14 +41,14 @@ import torch as th
 import yaml
 from tqdm import tqdm
 
-from benchmarks.evaluation import COLUMNS, new_file
-from sb3_mrq.persist.checkpoints import newest_with_model
+from benchmarks.evaluation import new_file
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
+from sb3_mrq.persist.checkpoints import newest_with_model
 from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.zoo.configuration import closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
-#: tasks, training steps of the paper and steps between two evaluations
+#: tasks, training steps in the paper and steps between two evaluations
 SUITES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "gym": (GYM_LOCOMOTION, 1_000_000, 5_000),
     "dmc": (DMC_TASKS, 500_000, 5_000),
@@ -57,7 +56,7 @@ SUITES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "atari": (ATARI_GAMES, 2_500_000, 100_000),
 }
 
-#: names of algorithms beside those of rl-zoo3: the algorithm, and hyperparameters as rl-zoo3's command line takes them
+#: further algorithm names: the algorithm in rl-zoo3, and hyperparameters in the format of rl-zoo3's command line
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "mrq-float32": ("mrq", {"precision": "'float32'"}),
     "mrq-bfloat16": ("mrq", {"precision": "'bfloat16'"}),
@@ -71,20 +70,20 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
 
 #: preprocessing of the Atari games, for every algorithm
 ATARI_WRAPPER = f"sb3_mrq.envs.{AtariWrapper.__name__}"
-#: section of rl-zoo3's configuration for continuous control that it has none for
+#: section of rl-zoo3's configuration for continuous control tasks without one
 ZOO_DEFAULTS = "HalfCheetah-v4"
 
-#: runs that share a GPU: it is at work for most of a training step, and computes for one process at a time
+#: runs that share a GPU, which is busy for most of a training step and serves one process at a time
 RUNS_PER_GPU = 2
-#: seconds that runs on Ray have to write their last checkpoint when the study is stopped
+#: seconds for runs on Ray to write their last checkpoint when the study is stopped
 CHECKPOINT_SECONDS = 300
-#: where the runs find the benchmarks, which are not installed
+#: folder of the benchmarks package, which is not installed
 ROOT = Path(__file__).resolve().parents[1]
 
-#: environment variable by which a run knows the process that waits for it
+#: environment variable with the id of the process that waits for a run
 STUDY_PROCESS = "SB3_MRQ_STUDY_PROCESS"
 
-#: file of a run with the versions it was made with, a line for each part where they differ
+#: file with the package versions of a run, one line for each part of a resumed run
 VERSIONS = "versions.txt"
 
 RESULT_COLUMNS = ("task", "algorithm", "seed", "step", "return", "return_std", "length", "seconds", "versions", "machine")
@@ -96,15 +95,15 @@ class Run:
     One training run.
 
     :param task: id of the environment
-    :param algorithm: of rl-zoo3, or one of ``VARIANTS``
+    :param algorithm: algorithm of rl-zoo3, or one of ``VARIANTS``
     :param seed: seed of the run
-    :param steps: of the environment
+    :param steps: number of environment steps
     :param eval_freq: steps between two evaluations
-    :param eval_episodes: episodes of an evaluation
+    :param eval_episodes: episodes per evaluation
     :param out: folder of the study
-    :param threads: threads of torch
-    :param device: of torch
-    :param hyperparams: in place of those of the configuration, ``name:value`` as for rl-zoo3
+    :param threads: number of torch threads
+    :param device: torch device
+    :param hyperparams: overrides of the configuration, ``name:value`` as for rl-zoo3
     """
 
     task: str
@@ -128,31 +127,31 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its results depend on, but for rounding."""
-        return without_places(json.loads(json.dumps(asdict(self))))
+        """Everything that determines the results, up to rounding."""
+        return result_settings(json.loads(json.dumps(asdict(self))))
 
     def recorded_settings(self) -> dict[str, Any] | None:
         """
-        :return: the settings of what is in its folder, None where nothing says so
+        :return: the settings of the results in its folder, None if unknown
         """
         settings = (read_json(self.folder / "run.json") or {}).get("settings") or read_json(self.folder / "settings.json")
-        return None if settings is None else without_places(settings)
+        return None if settings is None else result_settings(settings)
 
     def other_results(self) -> bool:
         """
-        :return: whether its folder holds evaluations that are not, or not certainly, of a run with these settings
+        :return: whether its folder has evaluations of other, or unknown, settings
         """
         return (self.folder / "evaluations.csv").exists() and self.recorded_settings() != self.settings
 
     def command(self) -> list[str]:
-        """The command that trains, which also takes what ``sb3-mrq train`` takes."""
+        """The training command, which takes the arguments of ``sb3-mrq train`` after its own."""
         algo, hyperparams = VARIANTS.get(self.algorithm, (self.algorithm, {}))
         command = [sys.executable, "-m", "benchmarks.study_run", str(self.folder)]
         command += [str(self.eval_freq), str(self.eval_episodes)]
         command += ["--algo", algo, "--env", self.task, "--seed", str(self.seed), "--n-timesteps", str(self.steps)]
         command += ["--num-threads", str(self.threads), "--device", self.device, "--log-folder", str(self.folder / "zoo")]
         command += ["--eval-freq", "-1", "--verbose", "0"]
-        if self.can_go_on():
+        if self.can_resume():
             command += ["--trained-agent", str(self.folder / CHECKPOINTS)]
         section = zoo_section(algo, self.task)
         if section is not None:
@@ -160,9 +159,9 @@ class Run:
         given = [*(f"{name}:{value}" for name, value in hyperparams.items()), *self.hyperparams]
         return command + (["--hyperparams", *given] if given else [])
 
-    def can_go_on(self) -> bool:
+    def can_resume(self) -> bool:
         """
-        :return: whether there is a checkpoint of a run with these settings
+        :return: whether there is a checkpoint with these settings
         """
         checkpoints = self.folder / CHECKPOINTS
         same = self.recorded_settings() == self.settings
@@ -170,24 +169,24 @@ class Run:
 
     def finished(self) -> bool:
         """
-        :return: whether it has been run to its end, with these settings
+        :return: whether it was completed with these settings
         """
         settings = (read_json(self.folder / "run.json") or {}).get("settings")
-        return settings is not None and without_places(settings) == self.settings
+        return settings is not None and result_settings(settings) == self.settings
 
 
-def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+def result_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """
-    :param settings: of a run
-    :return: the same without where and how fast it is run
+    :param settings: settings of a run
+    :return: the settings that determine its results, without output folder, threads and device
     """
     return {name: value for name, value in settings.items() if name not in ("out", "threads", "device")}
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """
-    :param path: a file that may be absent, or cut short
-    :return: what is in it, None where that cannot be read
+    :param path: a file that may be missing or truncated
+    :return: its content, None if it cannot be read
     """
     try:
         content = json.loads(path.read_text())
@@ -198,11 +197,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     """
+    Hyperparameters for tasks that rl-zoo3 does not configure: those of an older version of the task, or of ``ZOO_DEFAULTS``
+    for the DeepMind Control suite. Atari games use rl-zoo3's hyperparameters, but MR.Q's preprocessing: rl-zoo3's wrappers
+    would repeat what the games do themselves.
+
     :param algo: algorithm of rl-zoo3
     :param task: id of an environment
-    :return: hyperparameters for a task that rl-zoo3 has none for: those of the same task in an older version, or those of
-        ``ZOO_DEFAULTS`` for the DeepMind Control suite. For an Atari game those of rl-zoo3, with MR.Q's preprocessing in place
-        of theirs, which would come on top of what the games do themselves. None where its own are to be used.
+    :return: the section, None to use rl-zoo3's own
     """
     if algo == "mrq":
         return None
@@ -222,17 +223,17 @@ def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
 
 
 class InUseError(Exception):
-    """Another process is at work on the same run."""
+    """Another process is working on the same run."""
 
 
 def lock(folder: Path) -> IO[str]:
     """
-    Keep other studies away from a run. The lock belongs to the file that is returned, and thus to all processes that have it
-    open: to the run, too, which inherits it, and which may live on for a while where the study was killed.
+    Lock a run against other studies. The lock is held by every process that has the returned file open. The process of the
+    run inherits it, since it may outlive a study that was killed.
 
-    :param folder: of the run
-    :return: the locked file, beside the folder, which may be renamed
-    :raises InUseError: if another process has locked it
+    :param folder: folder of the run
+    :return: the locked file, next to the folder, which may be renamed
+    :raises InUseError: if another process holds the lock
     """
     file = folder.with_name(f"{folder.name}.lock").open("a+")
     try:
@@ -248,15 +249,15 @@ def lock(folder: Path) -> IO[str]:
 
 def prepare(run: Run) -> None:
     """
-    Make the folder of a run ready for it, with what it can go on from. Results of other settings are put aside.
+    Prepare the folder of a run. Checkpoints that it can resume from are kept, results of other settings are renamed.
 
-    :param run: what is about to be run
+    :param run: the run
     """
     if run.other_results():
         names = (run.folder.with_name(f"{run.folder.name}.old-{n}") for n in itertools.count(1))
         run.folder.rename(next(name for name in names if not name.exists()))
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not run.can_go_on():
+    if not run.can_resume():
         (run.folder / "evaluations.csv").unlink(missing_ok=True)
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
         (run.folder / VERSIONS).unlink(missing_ok=True)
@@ -270,8 +271,8 @@ def prepare(run: Run) -> None:
 
 def execute(run: Run) -> str | None:
     """
-    :param run: what to run, in a new process
-    :return: None, or what went wrong
+    :param run: run to execute in a new process
+    :return: None, or a description of the failure
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     log = run.folder / "log.txt"
@@ -280,21 +281,25 @@ def execute(run: Run) -> str | None:
     except InUseError as error:
         return str(error)
     with locked:
-        if run.finished():  # by another study, meanwhile
+        if run.finished():  # by another study in the meantime
             return None
         prepare(run)
         command = run.command()
         # Workers of Ray may have been started in any folder
-        places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": str(run.threads), STUDY_PROCESS: str(os.getpid())}
+        python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {
+            "PYTHONPATH": python_path,
+            "OMP_NUM_THREADS": str(run.threads),
+            STUDY_PROCESS: str(os.getpid()),
+        }
         with log.open("a") as file:
             print(shlex.join(command), file=file, flush=True)
             process = start(command, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=[locked.fileno()])
         if process is None:
-            return "not begun, as the study was stopped"
+            return "not started, as the study was stopped"
         print(f"process {process.pid} on {platform.node()}", file=locked, flush=True)
     try:
-        # Not process.wait(), which would go on where Ray cancels this
+        # Not process.wait(), which Ray cannot cancel
         while (code := process.poll()) is None:
             time.sleep(0.1)
     except BaseException:
@@ -312,21 +317,21 @@ def execute(run: Run) -> str | None:
 
 def start(command: list[str], **kwargs: Any) -> subprocess.Popen | None:
     """
-    :param command: of a run
-    :param kwargs: as for ``subprocess.Popen``
-    :return: its process, None where the study is being stopped
+    :param command: command of a run
+    :param kwargs: arguments of ``subprocess.Popen``
+    :return: its process, None if the study is being stopped
     """
     with running_lock:
         if stopping.is_set():
             return None
-        # In a session of its own: Ctrl-C and the closing of a terminal come to it as the one SIGTERM that the study sends
+        # In its own session: on Ctrl-C or a closed terminal it gets a single SIGTERM from the study
         process = subprocess.Popen(command, start_new_session=True, **kwargs)
         running.add(process)
         return process
 
 
 def stop() -> None:
-    """Nothing new is started, and what is running ends, MRQ with a checkpoint."""
+    """Start no further runs and terminate those that are running, MRQ with a checkpoint."""
     with running_lock:
         stopping.set()
         for process in running:
@@ -340,9 +345,9 @@ stopping = threading.Event()
 
 def run_locally(runs: list[Run], jobs: int) -> Generator[tuple[Run, str | None], None, None]:
     """
-    :param runs: what to run
-    :param jobs: how many at once
-    :return: each with what went wrong, in the order in which they end
+    :param runs: runs to execute
+    :param jobs: number of parallel runs
+    :return: runs and their failures, or None, in order of completion
     """
     stopping.clear()
     with ThreadPoolExecutor(jobs) as pool:
@@ -352,7 +357,7 @@ def run_locally(runs: list[Run], jobs: int) -> Generator[tuple[Run, str | None],
                 error = future.exception()
                 yield futures[future], future.result() if error is None else repr(error)
         except BaseException:
-            # Ctrl-C, or an error where the results are used
+            # Ctrl-C, or an error of the caller
             pool.shutdown(wait=False, cancel_futures=True)
             stop()
             raise
@@ -360,16 +365,17 @@ def run_locally(runs: list[Run], jobs: int) -> Generator[tuple[Run, str | None],
 
 def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Generator[tuple[Run, str | None], None, None]:
     """
-    As ``run_locally``, on a Ray cluster.
+    Like ``run_locally``, on a Ray cluster.
 
-    :param runs: what to run
-    :param address: of the cluster, None for one on this machine
-    :param jobs: how many at once, None for as many as it has processors for
+    :param runs: runs to execute
+    :param address: address of the cluster, None to start one on this machine
+    :param jobs: number of parallel runs, None for as many as there are processors for
+    :return: runs and their failures, or None, in order of completion
     """
     import ray
 
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    # Where Ray gives a task no share of a GPU, it hides all of them from it
+    # Ray hides all GPUs from a task that requests no share of one
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     remote = ray.remote(execute_on_ray)
 
@@ -380,7 +386,7 @@ def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Genera
     queue = iter(runs)
     waiting = {submit(run): run for run in itertools.islice(queue, jobs)}
     try:
-        # Once more, as Ray has handlers of its own, with which the study would end at once
+        # Again, as ray.init has installed its own handlers, which would end the study at once
         with signals_as_ctrl_c():
             while waiting:
                 (done,), _ = ray.wait(list(waiting))
@@ -401,8 +407,11 @@ def run_on_ray(runs: list[Run], address: str | None, jobs: int | None) -> Genera
 
 def execute_on_ray(run: Run) -> str | None:
     """
-    As ``execute``, where Ray can cancel it: it does so by SIGINT, which its workers ignore if the study was started in the
+    Like ``execute``, but cancellable by Ray. Ray sends SIGINT, which its workers ignore if the study was started in the
     background of a script.
+
+    :param run: run to execute
+    :return: None, or a description of the failure
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return execute(run)
@@ -410,28 +419,28 @@ def execute_on_ray(run: Run) -> str | None:
 
 def gpu_share(device: str, has_gpus: bool) -> float:
     """
-    :param device: of a run
+    :param device: device of a run
     :param has_gpus: whether the cluster has GPUs
-    :return: the part of a GPU that it needs, as several runs fit on one
+    :return: fraction of a GPU that it needs
     """
     return 1 / RUNS_PER_GPU if device.startswith("cuda") or (device == "auto" and has_gpus) else 0.0
 
 
 def jobs_here(threads: int, device: str) -> int:
     """
-    :param threads: of each run
-    :param device: of the runs
-    :return: how many run on this machine at once: one for each processor, but no more than fit on a GPU where they use one
+    :param threads: number of threads of each run
+    :param device: device of the runs
+    :return: number of parallel runs on this machine: one per processor, at most ``RUNS_PER_GPU`` on a GPU
     """
     jobs = max(1, len(os.sched_getaffinity(0)) // threads)
-    # All take the same GPU, whatever others there are
+    # All runs use the same GPU, even if there are several
     return min(jobs, RUNS_PER_GPU) if gpu_share(device, th.cuda.is_available()) else jobs
 
 
 def finished_runs(out: Path) -> dict[Run, dict[str, Any]]:
     """
     :param out: folder of a study
-    :return: the runs in it that were finished, whichever command began them, with what they wrote down at their end
+    :return: finished runs in the folder, of any command, and their records
     """
     runs = {}
     out = out.resolve()
@@ -440,7 +449,7 @@ def finished_runs(out: Path) -> dict[Run, dict[str, Any]]:
         settings = record.get("settings")
         if settings is not None:
             run = Run(**settings | {"out": str(out), "hyperparams": tuple(settings["hyperparams"])})
-            # Not those that were put aside
+            # Not the renamed ones
             if run.folder == path.parent:
                 runs[run] = record
     return dict(sorted(runs.items(), key=lambda item: (item[0].task, item[0].algorithm, item[0].seed)))
@@ -450,55 +459,54 @@ def gather(runs: Iterable[Run], out: Path) -> int:
     """
     Write the results of all finished runs in a folder to its table, ``results.csv``.
 
-    :param runs: of the study as given now; those that are still to be made with other settings than before are left out
+    :param runs: runs of the current command; older results of these with other settings are left out
     :param out: folder of the study
     :return: number of runs in the table
     """
     now = {run.folder: run for run in runs}
     finished = {run: record for run, record in finished_runs(out).items() if now.get(run.folder, run).settings == run.settings}
-    # With a name of its own, as another study may be at the same table
+    # A temporary file, as another study may be writing the same table
     with new_file(out / "results.csv") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(RESULT_COLUMNS)
+        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
         for run, record in finished.items():
+            of_run = {"algorithm": run.algorithm, "versions": record["versions"], "machine": record["machine"]}
             with (run.folder / "evaluations.csv").open(newline="") as evaluations:
-                for row in csv.DictReader(evaluations):
-                    measured = [row[name] for name in COLUMNS if name not in ("env", "seed", "timesteps")]
-                    # A rollout may go on beyond the last step that was asked for
-                    if int(row["timesteps"]) <= run.steps:
-                        where = (record["versions"], record["machine"])
-                        writer.writerow([run.task, run.algorithm, run.seed, row["timesteps"], *measured, *where])
+                # A rollout may end beyond the requested number of steps
+                writer.writerows(row | of_run for row in csv.DictReader(evaluations) if int(row["step"]) <= run.steps)
     return len(finished)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     """
-    :param arguments: of the command line, None for those of the process
-    :return: the arguments, and all runs of the study
+    :param arguments: arguments of the command line, None for those of the process
+    :return: parsed arguments, and all runs of the study
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=SUITES, help="tasks of the paper")
     what.add_argument("--tasks", nargs="+", help="ids of environments")
-    parser.add_argument("--algos", default="mrq", help="of rl-zoo3, mrq, and " + ", ".join(VARIANTS))
+    parser.add_argument("--algos", default="mrq", help="mrq, those of rl-zoo3, and " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: %(default)s)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps of the environment (default: the paper's)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="environment steps (default: the paper's)")
     parser.add_argument("--eval-freq", type=int, help="steps between two evaluations (default: the paper's)")
     parser.add_argument("--eval-episodes", type=int, default=10)
-    parser.add_argument("--hyperparams", nargs="+", default=[], metavar="NAME:VALUE", help="for all runs, as for rl-zoo3")
+    parser.add_argument(
+        "--hyperparams", nargs="+", default=[], metavar="NAME:VALUE", help="hyperparameters of all runs, as for rl-zoo3"
+    )
     parser.add_argument("--out", type=Path, help="folder of the study (default: runs/study-<suite>, runs/study for --tasks)")
     parser.add_argument(
-        "--jobs", type=int, help=f"runs at once (default: one for each processor, but at most {RUNS_PER_GPU} on a GPU)"
+        "--jobs", type=int, help=f"parallel runs (default: one per processor, but at most {RUNS_PER_GPU} on a GPU)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", choices=["local", "ray"], default="local")
-    parser.add_argument("--ray-address", help="of a Ray cluster (default: one on this machine)")
+    parser.add_argument("--ray-address", help="address of a Ray cluster (default: start one on this machine)")
     args = parser.parse_args(arguments)
     args.out = args.out or Path("runs", f"study-{args.suite}" if args.suite else "study")
 
-    # Each once: two runs cannot share a folder
+    # No duplicates: two runs cannot share a folder
     algorithms = list(dict.fromkeys(name.strip() for name in args.algos.split(",")))
     tasks = SUITES[args.suite][0] if args.suite else tuple(dict.fromkeys(args.tasks))
     known = {*rl_zoo3.ALGOS, *VARIANTS, "mrq"}
@@ -506,13 +514,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
         if algorithm not in known:
             parser.error(f"there is no algorithm {algorithm}.{closest(algorithm, known)}")
     runs = []
-    # Seeds before tasks: a study that is broken off has something of every task
+    # Seeds in the outer loop: an interrupted study has results of every task
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         for task in tasks:
             _, papers, eval_freq = next((suite for suite in SUITES.values() if task in suite[0]), (None, None, 5_000))
             steps = args.steps or papers
             if steps is None:
-                parser.error(f"--steps is needed for {task}")
+                parser.error(f"--steps is needed for {task}, which is not among the paper's tasks.")
             for algorithm in algorithms:
                 runs.append(
                     Run(
@@ -534,7 +542,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
 @contextlib.contextmanager
 def signals_as_ctrl_c() -> Iterator[None]:
     """
-    Within it SIGTERM and SIGHUP do what Ctrl-C does, unless they are ignored, as by nohup.
+    Raise ``KeyboardInterrupt`` on SIGTERM and SIGHUP, unless they are ignored, as under nohup.
     """
 
     def interrupt(number: int, _: FrameType | None) -> None:
@@ -549,17 +557,21 @@ def signals_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None is one of another language, which cannot be set again
+            # None is a handler that was not installed from Python and cannot be restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def make(outcomes: Generator[tuple[Run, str | None], None, None], runs: list[Run], n_to_do: int, out: Path) -> dict[str, str]:
+def collect(
+    outcomes: Generator[tuple[Run, str | None], None, None], runs: list[Run], n_to_do: int, out: Path
+) -> dict[str, str]:
     """
-    :param outcomes: runs with what went wrong, as they end
-    :param runs: all of the study
-    :param n_to_do: number of those to be made
+    Update the table after each run.
+
+    :param outcomes: runs and their failures, or None, in order of completion
+    :param runs: all runs of the study
+    :param n_to_do: number of runs to execute
     :param out: folder of the study
-    :return: what went wrong, by name
+    :return: failures by name of the run
     """
     failures = {}
     with contextlib.closing(outcomes), tqdm(total=n_to_do, unit="run") as progress:
@@ -570,7 +582,7 @@ def make(outcomes: Generator[tuple[Run, str | None], None, None], runs: list[Run
                 progress.write(f"{run.name} failed")
             try:
                 gather(runs, out)
-            except Exception as error:  # such as a full disk, for now: the runs go on
+            except Exception as error:  # such as a full disk, for now: the other runs continue
                 progress.write(f"{out / 'results.csv'} could not be written: {error!r}")
     return failures
 
@@ -580,7 +592,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     to_do = [run for run in runs if not run.finished()]
     table = args.out / "results.csv"
-    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before. Results go to {table}.")
+    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them already finished. Results go to {table}.")
     for run in to_do:
         if run.other_results():
             print(f"{run.folder} has results of other settings and will be renamed to {run.folder.name}.old-<n>.")
@@ -588,9 +600,9 @@ def main(arguments: list[str] | None = None) -> None:
     outcomes = run_on_ray(to_do, args.ray_address, args.jobs) if args.backend == "ray" else run_locally(to_do, jobs)
     try:
         with signals_as_ctrl_c():
-            failures = make(outcomes, runs, len(to_do), args.out)
+            failures = collect(outcomes, runs, len(to_do), args.out)
     except KeyboardInterrupt:
-        print(f"Stopped. {gather(runs, args.out)} runs are in {table}; the same command goes on.", flush=True)
+        print(f"Stopped. {gather(runs, args.out)} runs are in {table}. Repeat the command to continue.", flush=True)
         sys.exit(128 + signal.SIGINT)
     n_in_table = gather(runs, args.out)
     n_finished = sum(run.finished() for run in runs)
@@ -603,7 +615,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, by which the workers of Ray can import what they are given to run
+    # Under its own name, from which the workers of Ray can import
     from benchmarks import study
 
     study.main()

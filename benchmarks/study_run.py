@@ -1,9 +1,9 @@
 """
-One run of ``benchmarks.study``: rl-zoo3's training script, with the benchmarks' evaluations in place of its own.
+One run of ``benchmarks.study``: rl-zoo3's training script, with the benchmarks' evaluations instead of its own.
 
-    python -m benchmarks.study_run <folder> <steps between evaluations> <episodes of one> <arguments of sb3-mrq train>
+    python -m benchmarks.study_run <folder> <steps between evaluations> <episodes per evaluation> <arguments of sb3-mrq train>
 
-A study that is killed takes its runs with it: they look for it now and then, and end as by SIGTERM, ``mrq`` with a checkpoint.
+If the study is killed, its runs end as on SIGTERM, ``mrq`` with a checkpoint.
 """
 
 import json
@@ -30,15 +30,15 @@ from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
-# Steps between two checkpoints, from which a run of mrq goes on that was broken off. Each holds the whole replay buffer, which
-# grows to several gigabytes where observations are images: with these it is a tenth of a run, within the two bounds.
+# Steps between two checkpoints of mrq. Each contains the replay buffer, several gigabytes with images: these runs write one
+# every tenth of the run, within these two bounds.
 CHECKPOINT_FREQ = 5_000
 CHECKPOINT_FREQ_IMAGES = 50_000
 
 
 class StudyManager(MRQExperimentManager):
     """
-    Adds the evaluations, and writes down what the results depend on when training has ended.
+    Experiment manager with the benchmarks' evaluations. After training it records settings, versions and machine.
     """
 
     folder: Path
@@ -65,10 +65,10 @@ class StudyManager(MRQExperimentManager):
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        # After the last step, too, its evaluation or training steps may be missing
+        # Even after the last step, its evaluation or training steps may be missing
         if model.num_timesteps < self._n_timesteps_given or (isinstance(model, MRQ) and model.is_stopping):
-            # Stopped by a signal, after a checkpoint
-            sys.exit("stopped before the end")
+            # By a signal, after a checkpoint
+            sys.exit("The run was stopped before its end.")
         super().save_trained_model(model)
         where = machine(model.device)
         if isinstance(model, MRQ):
@@ -82,8 +82,8 @@ class StudyManager(MRQExperimentManager):
 
 def checkpoint_freq(observation_space: spaces.Space, steps: int) -> int:
     """
-    :param observation_space: of the environment
-    :param steps: of the whole run
+    :param observation_space: observation space of the environment
+    :param steps: number of steps of the whole run
     :return: steps between two checkpoints
     """
     images = any(map(is_image_space, subspaces_of(observation_space).values()))
@@ -92,8 +92,8 @@ def checkpoint_freq(observation_space: spaces.Space, steps: int) -> int:
 
 def recorded_versions(folder: Path) -> list[str]:
     """
-    :param folder: of a run
-    :return: the versions it was made with: one entry, or one for each part where a part of it was made with others
+    :param folder: folder of a run
+    :return: package versions of each part of the run, without repetitions
     """
     path = folder / VERSIONS
     return path.read_text().splitlines() if path.exists() else []
@@ -101,8 +101,9 @@ def recorded_versions(folder: Path) -> list[str]:
 
 def record_versions(folder: Path) -> None:
     """
-    :param folder: of a run that begins or goes on, whose versions are added to those of its parts before. At its beginning, as
-        the code and its commit may change while it runs.
+    Append the current versions at the start, as code and commit may change during the run.
+
+    :param folder: folder of the run
     """
     before, now = recorded_versions(folder), versions()
     if before[-1:] != [now]:
@@ -110,9 +111,11 @@ def record_versions(folder: Path) -> None:
             print(now, file=file)
 
 
-def end_with(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """
-    :param parent: id of the process that has started this one, without which it is to end
+    Terminate this process when its parent ends.
+
+    :param parent: process id of the parent
     """
 
     def watch() -> None:
@@ -125,7 +128,7 @@ def end_with(parent: int) -> None:
 
 def main() -> None:
     if STUDY_PROCESS in os.environ:
-        end_with(int(os.environ[STUDY_PROCESS]))
+        end_with_parent(int(os.environ[STUDY_PROCESS]))
     folder, freq, episodes, *arguments = sys.argv[1:]
     StudyManager.folder = Path(folder)
     record_versions(StudyManager.folder)

@@ -288,10 +288,10 @@ def check_buffer(buffer):
     assert len(places) == 0 or abs(probabilities.sum() - 1) < 1e-9
     # What waits is the end of an episode that is running
     waiting = np.setdiff1d(stored, places)
-    assert len(waiting) <= buffer.n_envs * (buffer.reach - 1)
+    assert len(waiting) <= buffer.n_envs * (buffer.lookahead - 1)
     assert not (buffer._flags[waiting] & ENDED).any()
-    for level, above in pairwise(buffer._priorities._levels):
-        np.testing.assert_array_equal(level.sum(axis=1), above.reshape(-1)[: len(level)])
+    for level, above in pairwise(buffer._priorities.levels):
+        np.testing.assert_array_equal(level.sum(dim=1), above.view(-1)[: len(level)])
     assert np.isfinite(buffer.mean_abs_reward())
     if len(places):
         for samples in (buffer.get_subtrajectories(places), buffer.get_n_step(places)):

@@ -2,7 +2,6 @@
 The benchmarks run and report what they say they do. Nothing is asserted on time: machines differ, and are busy.
 """
 
-import csv
 import json
 import math
 from functools import partial
@@ -12,7 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from benchmarks import learning, memory, speed
+from benchmarks import memory, speed
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.accelerate.precision import bfloat16_is_fast
@@ -71,22 +70,6 @@ def test_memory(tmp_path):
     figures = json.loads(out.read_text())
     assert 2900 < figures["transitions"] < 3000
     assert 0 <= figures["buffer_gb"] < 0.05
-
-
-@pytest.mark.parametrize("chosen", [False, True])
-def test_learning(tmp_path, monkeypatch, chosen):
-    """In bfloat16 as the processor has it, or as it is asked for."""
-    # Few products, as those of bfloat16 may be slow here
-    monkeypatch.setattr(learning, "MRQ", partial(MRQ, learning_starts=100, target_update_interval=5, batch_size=8))
-    monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not chosen)
-    arguments = "Pendulum-v1 --seed 3 --steps 110 --eval-freq 55 --eval-episodes 1 --out"
-    learning.main([*arguments.split(), str(tmp_path), *(["--precision", "bfloat16"] if chosen else [])])
-    lines = (tmp_path / "mrq-Pendulum-v1-bfloat16-seed3.csv").read_text().splitlines()
-    assert [line for line in lines if line.startswith("# command: python -m benchmarks.learning Pendulum-v1 --seed 3")]
-    assert "# precision: bfloat16, float32 matrix products highest" in lines
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert [row["timesteps"] for row in rows] == ["0", "55", "110"]
-    assert all(-2000 < float(row["return_mean"]) < 0 and float(row["length_mean"]) == 200 for row in rows)
 
 
 def test_plain_implementation_computes_the_same():

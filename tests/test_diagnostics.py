@@ -169,11 +169,11 @@ class TestMeasures:
         episodes = np.repeat(np.arange(12), [130, 7, 55, *[40] * 9])
         fold = measures.folds(episodes)
         assert np.bincount(fold).min() > 50
-        # Stretches stay together, and start anew with each episode
+        # Segments stay together, and start anew with each episode
         changes = np.flatnonzero(np.diff(fold)) + 1
         starts = np.flatnonzero(np.diff(episodes, prepend=-1))
         offset = changes - starts[episodes[changes]]
-        assert (offset % measures.STRETCH == 0).all() and len(changes) > 10
+        assert (offset % measures.SEGMENT == 0).all() and len(changes) > 10
 
     def test_ranks(self):
         basis = np.linalg.qr(RANDOM.normal(size=(40, 40)))[0]
@@ -535,8 +535,18 @@ class TestCallback:
     def test_wrong_use(self):
         with pytest.raises(ValueError, match="freq is 0"):
             DiagnosticsCallback(SpaceEnv(), freq=0)
-        with pytest.raises(ValueError, match="not for TD3"):
+        with pytest.raises(ValueError, match="supports the algorithm MRQ, not TD3"):
             TD3("MlpPolicy", SpaceEnv(), buffer_size=10).learn(1, callback=DiagnosticsCallback(SpaceEnv(), freq=1))
+
+    def test_without_sklearn(self, monkeypatch):
+        """Known before training, and before any episode is played."""
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+        message = r'The diagnostics need scikit-learn. Install it with: pip install "sb3-mrq\[train\]"'
+        model = tiny_model(SpaceEnv())
+        with pytest.raises(ImportError, match=message):
+            diagnose(model, SpaceEnv(), n_episodes=1)
+        with pytest.raises(ImportError, match=message):
+            model.learn(1, callback=DiagnosticsCallback(SpaceEnv(), freq=1))
 
     def test_none_before_the_first_update(self):
         model = tiny_model(SpaceEnv(), learning_starts=50)
@@ -627,9 +637,9 @@ class TestReport:
         import matplotlib
         from matplotlib import pyplot as plt
 
-        before = dict(matplotlib.rcParams)
+        before = dict(matplotlib.rcParams), plt.get_fignums()
         diagnosis.figures()
-        assert dict(matplotlib.rcParams) == before and plt.get_fignums() == []
+        assert (dict(matplotlib.rcParams), plt.get_fignums()) == before
 
     def test_without_matplotlib(self, diagnosis, monkeypatch):
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:

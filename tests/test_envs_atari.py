@@ -113,8 +113,8 @@ def test_longest_episode():
         (lambda: gym.make("CartPole-v1"), r"ALE/Pong-v5, not for <.*CartPole"),
         (CounterEnv, "not for <CounterEnv"),
         (lambda: gym.make("ALE/Pong-v5", obs_type="ram"), "obs_type='ram'"),
-        (lambda: AtariWrapper(gym.make("ALE/Pong-v5")), "has changed them already"),
-        (lambda: AtariPreprocessing(gym.make("ALE/Pong-v5", frameskip=1)), "has changed them already"),
+        (lambda: AtariWrapper(gym.make("ALE/Pong-v5")), r"changes them\. Apply AtariWrapper before"),
+        (lambda: AtariPreprocessing(gym.make("ALE/Pong-v5", frameskip=1)), r"changes them\. Apply AtariWrapper before"),
     ],
 )
 def test_wrong_environment(env, message):

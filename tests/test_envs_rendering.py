@@ -108,7 +108,7 @@ def test_with_display(display, nothing_works):
 
 def test_display_that_cannot_be_used():
     (message,) = run(["message_of(step_of_the_state_task().render)"], DISPLAY=":99")
-    assert "the display :99 cannot be used. Start again with MUJOCO_GL=egl" in message
+    assert "the display :99 cannot be used. Restart with MUJOCO_GL=egl" in message
 
 
 def test_too_late(nothing_works):

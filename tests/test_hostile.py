@@ -197,7 +197,7 @@ def random_action(space, rng):
 def contents(buffer):
     """All that a buffer would give, as bytes."""
     places, probabilities = buffer.sampling_probabilities()
-    parts = [places, probabilities, buffer._flags, buffer.rewards, buffer._head, buffer._running, buffer._length]
+    parts = [places, probabilities, buffer._flags, buffer.rewards, buffer._write_pos, buffer._running, buffer._length]
     if len(places):
         samples = buffer.get_subtrajectories(places)
         parts += [value.numpy() for value in (samples.rewards, samples.terminated, samples.mask, samples.actions)]

@@ -21,7 +21,15 @@ def results(returns, steps=(0, 10, 20)):
     """Rows of a study: returns grow from 0 at the first step to those given, by task and algorithm, at the last."""
     return pd.DataFrame(
         [
-            {"task": task, "algorithm": algorithm, "seed": seed, "step": step, "return": final * step / steps[-1]}
+            {
+                "task": task,
+                "algorithm": algorithm,
+                "seed": seed,
+                "step": step,
+                "return": final * step / steps[-1],
+                "versions": "v",
+                "machine": "m",
+            }
             for (task, algorithm), finals in returns.items()
             for seed, final in enumerate(finals)
             for step in steps
@@ -59,7 +67,7 @@ class TestReport:
     def test_published(self, published):
         table = report.read_published(published)
         assert set(table["task"]) == {"dmc/walker-walk-v0", "HalfCheetah-v4", "HalfCheetah-v5", "ALE/Pong-v5"}
-        with pytest.raises(SystemExit, match=r"There is none of gym\.csv"):
+        with pytest.raises(SystemExit, match=r"has no published returns: it must contain at least one of gym\.csv"):
             report.read_published(published.parent)
 
     def test_scores(self):
@@ -81,7 +89,7 @@ class TestReport:
         pendulum = {("Pendulum-v1", "mrq"): [-150], ("Pendulum-v1", "td3"): [-140]}
         of = report.scores(results({**RETURNS, **pendulum, ("Ant-v5", "mrq"): [1]}))
         assert of.tasks == list(TASKS)
-        assert of.left_out == {"Pendulum-v1": "no returns are fixed that count as 0 and 1", "Ant-v5": "nothing of td3"}
+        assert of.left_out == {"Pendulum-v1": "no fixed scale", "Ant-v5": "no results of td3"}
 
     def test_every_task_of_the_paper_has_a_scale(self):
         scales = [scale_of(task) for task in BENCHMARK_TASKS]
@@ -99,7 +107,7 @@ class TestReport:
         np.testing.assert_allclose([of.matrices["mrq"], of.matrices["td3"]], [[[0.4]], [[0.1]]])
         # One seed is enough
         short = results({(TASKS[0], "mrq"): [300]}, (0, 10)).assign(seed=7)
-        table = report.carry_forward(pd.concat([table, short], ignore_index=True))
+        table = pd.concat([table, short], ignore_index=True)
         assert report.last_common_step(table, TASKS[0]) == 10
         assert report.final_table(table, None)["mrq"][0] == "250 ± 71 (2)"
         assert report.remarks(table) == [
@@ -107,7 +115,7 @@ class TestReport:
             f"mrq on {TASKS[0]}, seed 7: ended at 10 steps of 40.",
         ]
         # and evaluations at other steps are nothing to compare
-        apart = report.carry_forward(pd.concat([table, results({(TASKS[0], "sac"): [300]}, (5, 15))]))
+        apart = pd.concat([table, results({(TASKS[0], "sac"): [300]}, (5, 15))])
         assert report.last_common_step(apart, TASKS[0]) is None
         assert report.final_table(apart, None)["steps"][0] == "none in common"
 
@@ -116,7 +124,6 @@ class TestReport:
         table = results({(TASKS[0], "mrq"): [600, 800, 700], (TASKS[0], "td3"): [200, 300]})
         machines = np.where(table["seed"] == 1, "1 threads of A, cpu, bfloat16", "1 threads of B, cpu, float32")
         table["machine"] = np.where(table["algorithm"] == "mrq", machines, "1 threads of A, cpu")
-        table = report.carry_forward(table)
         assert report.remarks(table) == [f"mrq on {TASKS[0]}: seeds in different precisions, bfloat16 (1), float32 (0, 2)."]
         assert report.remarks(table[table["seed"] != 1]) == []
 
@@ -124,33 +131,9 @@ class TestReport:
         """No older return stands in for one, nor for one of a step without evaluation."""
         table = results({(TASKS[0], "mrq"): [600, 800, 700]})
         table.loc[(table["seed"] == 1) & (table["step"] == 20), "return"] = np.nan
-        table = report.carry_forward(table)
         assert report.at_step(table, 20).to_dict() == {0: 600, 2: 700} and report.at_step(table, 15).empty
         assert report.remarks(table) == [f"mrq on {TASKS[0]}, seed 1: left out, as its return at 20 steps is not a number."]
         assert report.scores(table).seeds == {"mrq": {TASKS[0]: [0, 2]}}
-
-    def test_solved_runs_keep_their_return(self, tmp_path):
-        heading = "# command: python -m benchmarks.learning CartPole-v1 --seed {} --until{}\n# versions: v\n# machine: m\n"
-        columns = "env,timesteps,seed,return_mean\n"
-        for seed, (until, rows) in enumerate(
-            ((" 475", {0: 9, 10: 480}), ("=475", {0: 9, 10: 20, 20: 490}), (" 475", {0: 9, 10: 30}))
-        ):
-            lines = "".join(f"CartPole-v1,{step},{seed},{value}\n" for step, value in rows.items())
-            (tmp_path / f"{seed}.csv").write_text(heading.format(seed, until) + columns + lines)
-        other = tmp_path / "other.csv"
-        results({("CartPole-v1", "dqn"): [100]}, (0, 10, 20, 30)).to_csv(other, index=False)
-        out = tmp_path / "report"
-        report.main([*(str(tmp_path / f"{seed}.csv") for seed in (0, 1)), str(other), "--out", str(out), "--reps", "20"])
-        assert (out / "table.md").read_text().splitlines()[2] == "| CartPole-v1 | 30 | 485 ± 7 (2)* | 100 (1) |"
-        text = (out / "index.html").read_text()
-        assert "* mrq-float32 on CartPole-v1, seed 0: solved at 10 steps, with the return there from then on." in text
-        assert "* mrq-float32 on CartPole-v1, seed 1: solved at 20 steps" in text
-        # A good return that a run was stopped for is none to compare with those of others
-        reason = "runs that --until has stopped have the good return that stopped them"
-        assert json.loads((out / "numbers.json").read_text())["left_out"] == {"CartPole-v1": reason}
-        # The third one was broken off before it got there
-        table = report.carry_forward(report.read_all([*(tmp_path / f"{seed}.csv" for seed in range(3)), other]))
-        assert report.last_common_step(table, "CartPole-v1") == 10 and not table[table["seed"] == 2]["carried"].any()
 
     def test_aggregates(self):
         numbers = report.aggregates(report.scores(results(SCORED)).matrices, reps=200)
@@ -181,7 +164,7 @@ class TestReport:
             "mrq-bfloat16": {TASKS[0]: [0, 1, 2]},
             "mrq-1-step": {TASKS[0]: [0, 1]},
         }
-        assert numbers["left_out"] == {"Ant-v5": "nothing of mrq-bfloat16, mrq-1-step"}
+        assert numbers["left_out"] == {"Ant-v5": "no results of mrq-bfloat16, mrq-1-step"}
         of = numbers["algorithms"]
         assert of["td3"]["iqm"] == {"value": pytest.approx(0.1), "interval": None}
         assert of["mrq-1-step"]["iqm"]["interval"] is None and of["mrq-bfloat16"]["iqm"]["interval"][0] >= 0.6
@@ -189,9 +172,10 @@ class TestReport:
         assert of["td3"]["probability_that_it_is_improved_on"] == improvement
         assert "probability_that_it_is_improved_on" not in of["mrq-bfloat16"]
         text = (tmp_path / "index.html").read_text()
-        assert "where there are at least 3 seeds. Those of fewer than 5 seeds are too narrow." in text
+        assert "With at least 3 seeds there are 95 % intervals" in text
+        assert "Intervals from fewer than 5 seeds are too narrow." in text
         assert "td3 1, mrq-bfloat16 3, mrq-1-step 2." in text and f"mrq-bfloat16: {TASKS[0]} 0, 1, 2</li>" in text
-        assert "Ant-v5: nothing of mrq-bfloat16, mrq-1-step</li>" in text
+        assert "Ant-v5: no results of mrq-bfloat16, mrq-1-step</li>" in text
 
     def test_comparison(self, published):
         table = report.compare_with_published(results(RETURNS), report.read_published(published)).set_index("task")
@@ -224,9 +208,7 @@ class TestReport:
         paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
         results(RETURNS).to_csv(paths[0], index=False)
         results({(TASKS[1], "td3"): [5]}).to_csv(paths[1], index=False)
-        with pytest.raises(
-            SystemExit, match=rf"td3 on {TASKS[1]}, seed 0, at step 0 is there twice: in .*a.csv and in .*b.csv"
-        ):
+        with pytest.raises(SystemExit, match=rf"td3 on {TASKS[1]}, seed 0, at step 0 occurs twice: in .*a.csv and in .*b.csv"):
             report.main([*map(str, paths), "--out", str(tmp_path / "report")])
 
     def test_overview(self, published):
@@ -265,7 +247,7 @@ class TestReport:
         shown = re.findall(r'src="([^"]+)"', text)
         tasks = {"dmc_walker-walk-v0.png", "HalfCheetah-v5.png", "Ant-v5.png"}
         assert set(shown) == {"aggregates.png", "improvement.png", *tasks}
-        assert "Ant-v5: nothing of td3</li>" in text and "-200 to 200 on LunarLander-v3. Left out:" in text
+        assert "Ant-v5: no results of td3</li>" in text and "-200 to 200 on LunarLander-v3. Left out:" in text
         for name in (*shown, "overview.png"):
             pixels = image.imread(out / name)
             assert pixels.shape[0] > 100 and pixels.std() > 0.01
@@ -276,28 +258,14 @@ class TestReport:
         assert json.loads((out / "numbers.json").read_text())["algorithms"]["mrq"]["n_seeds"] == 2
         assert not re.search(r"https?://", text)
 
-    def test_files_of_single_runs(self, tmp_path):
-        heading = "# command: python -m benchmarks.learning walker-walk --seed 3{}\n# versions: v\n# machine: m\n"
-        columns = "env,timesteps,seed,return_mean,return_std,length_mean,seconds\n"
-        for name, arguments, row in (
-            ("a.csv", "", "walker-walk,5000,3,30.5,1,500,10\n"),
-            ("b.csv", " --precision=bfloat16", "HalfCheetah-v5,5000,3,-3,1,1000,10\n"),
-            ("c.csv", " --matmul-precision medium --threads 1", "CartPole-v1,5000,3,9,1,9,10\n"),
-        ):
-            (tmp_path / name).write_text(heading.format(arguments) + columns + row)
-        rows = [report.read_results(tmp_path / name).iloc[0] for name in ("a.csv", "b.csv", "c.csv")]
-        assert [(row["task"], row["algorithm"], row["seed"], row["step"], row["return"]) for row in rows] == [
-            ("dmc/walker-walk-v0", "mrq-float32", 3, 5000, 30.5),
-            ("HalfCheetah-v5", "mrq-bfloat16", 3, 5000, -3),
-            ("CartPole-v1", "mrq-float32-medium", 3, 5000, 9),
-        ]
-        # What was computed says more than what was asked for
-        precision = "# precision: bfloat16, float32 matrix products highest\n"
-        (tmp_path / "d.csv").write_text(heading.format("") + precision + columns + "walker-walk,5000,3,30.5,1,500,10\n")
-        assert report.read_results(tmp_path / "d.csv")["algorithm"].tolist() == ["mrq-bfloat16"]
+    def test_nothing_to_aggregate(self, tmp_path):
+        """Comments in tables are skipped, and algorithms without a common task have no aggregates."""
+        paths = [tmp_path / name for name in ("a.csv", "b.csv")]
+        for path, (task, algorithm) in zip(paths, ((TASKS[0], "mrq-float32"), (TASKS[1], "mrq-bfloat16")), strict=True):
+            path.write_text("# command: python -m x # y\n" + results({(task, algorithm): [30]}).to_csv(index=False))
         out = tmp_path / "report"
-        report.main([str(tmp_path / name) for name in ("a.csv", "b.csv")] + ["--out", str(out)])
-        assert "There is no task that all algorithms were run on" in (out / "index.html").read_text()
+        report.main([*map(str, paths), "--out", str(out)])
+        assert "There are no aggregates, as no task has a fixed scale" in (out / "index.html").read_text()
 
     def test_one_run(self, tmp_path):
         """Of one algorithm and one seed, with nothing to compare."""

@@ -138,10 +138,10 @@ def test_soak():
     growth = memory[late].max() - memory[early].max()
 
     # Sampling: sums of the tree, what it should hold, and what comes out of it
-    levels = buffer._priorities._levels
-    leaves = levels[0].reshape(-1)[: len(buffer._flags)]
+    levels = buffer._priorities.levels
+    leaves = buffer._priorities.leaves.numpy()
     for children, parents in pairwise(levels):
-        np.testing.assert_array_equal(children.sum(axis=1), parents.reshape(-1)[: len(children)])
+        np.testing.assert_array_equal(children.sum(dim=1), parents.view(-1)[: len(children)])
     places, probabilities = buffer.sampling_probabilities()
     np.testing.assert_array_equal(leaves[places], buffer.assigned[places])
     np.testing.assert_allclose(probabilities, leaves[places] / leaves.sum(), rtol=1e-12)
@@ -149,9 +149,9 @@ def test_soak():
     assert buffer.n_sampleable == len(places) and buffer.size() == len(stored)
     # All but the last of the running episodes, whose horizon is not complete
     waiting = np.setdiff1d(stored, places)
-    assert set(places) <= set(stored) and len(waiting) < N_ENVS * buffer.reach
+    assert set(places) <= set(stored) and len(waiting) < N_ENVS * buffer.lookahead
     assert not (buffer._flags[waiting] & ENDED).any()
-    draws = np.bincount(np.concatenate([buffer._priorities.sample(10_000) for _ in range(200)]), minlength=len(leaves))
+    draws = np.bincount(np.concatenate([buffer._priorities.sample(10_000).numpy() for _ in range(200)]), minlength=len(leaves))
     assert draws.sum() == draws[places].sum()
     p_value = stats.chisquare(draws[places], probabilities * draws.sum()).pvalue
 

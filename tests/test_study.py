@@ -151,7 +151,7 @@ class TestStudy:
         output = capsys.readouterr().out
         table = tmp_path / "results.csv"
         assert (
-            f"3 runs, 0 of them finished before. Results go to {table}." in output and f"2 of 3 runs are in {table}" in output
+            f"3 runs, 0 of them already finished. Results go to {table}." in output and f"2 of 3 runs are in {table}" in output
         )
         assert re.search(r"FAILED dqn on Pendulum-v1, seed 0: exit status 1: .*action spaces.* \(see .*log.txt\)", output)
 
@@ -172,7 +172,7 @@ class TestStudy:
         before = record.stat().st_mtime_ns, (folder / "run.json").stat().st_mtime_ns
         record.write_text(json.dumps({"versions": "", "machine": ""}))
         study.main([*arguments[:3], "mrq-1-step,sac", *arguments[4:]])
-        assert "2 runs, 1 of them finished before." in capsys.readouterr().out
+        assert "2 runs, 1 of them already finished." in capsys.readouterr().out
         assert record.stat().st_mtime_ns > before[0] and (folder / "run.json").stat().st_mtime_ns == before[1]
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
@@ -181,10 +181,10 @@ class TestStudy:
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, KILLED))
         assert "exit status 9" in study.execute(run)
-        assert run.can_go_on() and not run.finished()
+        assert run.can_resume() and not run.finished()
         evaluations = run.folder / "evaluations.csv"
         # As of a step after the checkpoint
-        evaluations.write_text(evaluations.read_text() + "Pendulum-v1,35,0,-1,0,200,7\n")
+        evaluations.write_text(evaluations.read_text() + "Pendulum-v1,0,35,-1,0,200,7\n")
         first = list(csv.DictReader(evaluations.open()))
         # The first part was made with other versions
         versions = run.folder / study.VERSIONS
@@ -194,18 +194,18 @@ class TestStudy:
         assert study.execute(run) is None and run.finished()
         assert json.loads((run.folder / "run.json").read_text())["versions"] == f"python 2 / {now.strip()}"
         rows = list(csv.DictReader(evaluations.open()))
-        assert [row["timesteps"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
+        assert [row["step"] for row in rows] == ["0", "20", "40"] and rows[:2] == first[:2]
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
-        assert not run.can_go_on()
+        assert not run.can_resume()
 
     def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
         assert study.execute(run) is not None
-        assert run.can_go_on() and not run.finished()
+        assert run.can_resume() and not run.finished()
         assert study.execute(run) is None and run.finished()
         rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
-        assert [row["timesteps"] for row in rows] == ["0", "20", "40"]
+        assert [row["step"] for row in rows] == ["0", "20", "40"]
 
     def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
         runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
@@ -232,7 +232,7 @@ class TestStudy:
 
     def test_nothing_is_deleted_for_other_settings(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(study, "start", lambda *_, **__: None)
-        evaluations = f"{','.join(study.COLUMNS)}\nPendulum-v1,{{}},0,-7,0,200,1\n"
+        evaluations = f"{','.join(evaluation.COLUMNS)}\nPendulum-v1,0,{{}},-7,0,200,1\n"
         for n, steps in enumerate((40, 60, 80)):
             arguments = ["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path), "--steps", str(steps)]
             run = study.parse(arguments)[1][0]
@@ -247,7 +247,7 @@ class TestStudy:
             (run.folder / "evaluations.csv").write_text(evaluations.format(steps))
         for n, steps in ((1, 40), (2, 60)):
             old = run.folder.with_name(f"seed0.old-{n}")
-            assert f"Pendulum-v1,{steps}," in (old / "evaluations.csv").read_text()
+            assert f"Pendulum-v1,0,{steps}," in (old / "evaluations.csv").read_text()
             assert json.loads((old / "run.json").read_text())["settings"]["steps"] == steps
         assert [run.steps for run in study.finished_runs(tmp_path)] == [80]
 
@@ -257,7 +257,7 @@ class TestStudy:
         (run.folder / study.CHECKPOINTS / "mrq_1_30_steps").mkdir(parents=True)
         for name in ("run.json", "settings.json"):
             (run.folder / name).write_text(content)
-        assert not run.finished() and not run.can_go_on() and study.gather([run], tmp_path) == 0
+        assert not run.finished() and not run.can_resume() and study.gather([run], tmp_path) == 0
         study.prepare(run)
         assert run.recorded_settings() == run.settings
 
@@ -278,12 +278,12 @@ class TestStudy:
 
         monkeypatch.setattr(study, "execute", execute)
         monkeypatch.setattr(study, "gather", fail(OSError("No space left on device")))
-        assert study.make(study.run_locally(runs, 1), runs, 3, tmp_path) == {} and begun == runs
+        assert study.collect(study.run_locally(runs, 1), runs, 3, tmp_path) == {} and begun == runs
         assert "results.csv could not be written: OSError('No space" in capsys.readouterr().out
         begun.clear()
         monkeypatch.setattr(study, "gather", fail(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            study.make(study.run_locally(runs, 1), runs, 3, tmp_path)
+            study.collect(study.run_locally(runs, 1), runs, 3, tmp_path)
         assert len(begun) < 3 and study.stopping.is_set()
 
     def test_two_tables_at_once(self, tmp_path):
@@ -302,7 +302,7 @@ class TestStudy:
             run = study.parse(["--tasks", task, *TINY, "--out", str(tmp_path)])[1][0]
             run.folder.mkdir(parents=True)
             (run.folder / "run.json").write_text(json.dumps({"settings": run.settings, "versions": "v", "machine": "m"}))
-            (run.folder / "evaluations.csv").write_text(f"{','.join(study.COLUMNS)}\n{task},20,0,-7,0,200,1\n")
+            (run.folder / "evaluations.csv").write_text(f"{','.join(evaluation.COLUMNS)}\n{task},0,20,-7,0,200,1\n")
 
         def tasks(*arguments):
             runs = study.parse([*arguments, "--out", str(tmp_path)])[1]
@@ -381,7 +381,7 @@ class TestEnds:
         process.terminate()
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 130 and "Stopped. 0 runs are in" in output
-        assert self.is_free(run) and run.can_go_on()
+        assert self.is_free(run) and run.can_resume()
         assert "Training was stopped by SIGTERM, after a checkpoint" in (run.folder / "log.txt").read_text()
 
     def test_killed(self, running):
@@ -395,7 +395,7 @@ class TestEnds:
         assert len(list(csv.DictReader((run.folder / "evaluations.csv").open()))) >= 1
         os.kill(int(run_process), signal.SIGCONT)
         wait_for(lambda: self.is_free(run))
-        assert run.can_go_on()
+        assert run.can_resume()
 
     def test_signals(self):
         """Of a terminal that is closed, too, unless they are ignored, as by nohup."""
@@ -548,7 +548,7 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
     def learn(model, path, steps, *callbacks, **kwargs):
         env = make_vec_env(SpaceEnv, seed=1000)
         model.learn(steps, callback=[EvaluationCallback(env, path, 10, 2, "task"), *callbacks], **kwargs)
-        return [(row["timesteps"], row["return_mean"]) for row in csv.DictReader(path.open())]
+        return [(row["step"], row["return"]) for row in csv.DictReader(path.open())]
 
     straight = learn(tiny_model(SpaceEnv(), learning_starts=1000, seed=0), tmp_path / "straight.csv", 45)
     assert [step for step, _ in straight] == ["0", "10", "20", "30", "40", "45"]
@@ -585,7 +585,7 @@ def test_evaluations_that_a_signal_cuts_short(step, tmp_path):
             EvaluationCallback(make_vec_env(Ends, seed=1000), path, 10, 2, "task"),
         ]
         model.learn(steps, callback=callbacks, **kwargs)
-        return [(row["timesteps"], row["return_mean"]) for row in csv.DictReader(path.open())]
+        return [(row["step"], row["return"]) for row in csv.DictReader(path.open())]
 
     def model():
         return tiny_model(SpaceEnv(), learning_starts=1000, seed=0)
@@ -629,5 +629,5 @@ def test_seconds_of_training_go_on(tmp_path):
     model.save(tmp_path / "model")
     learn(MRQ.load(tmp_path / "model", env=SpaceEnv()), 20, reset_num_timesteps=False)
     rows = list(csv.DictReader(path.open()))
-    assert [row["timesteps"] for row in rows] == ["0", "90", "100", "110"]
+    assert [row["step"] for row in rows] == ["0", "90", "100", "110"]
     assert int(rows[1]["seconds"]) < 60 and 600 <= int(rows[2]["seconds"]) < 660

@@ -659,9 +659,9 @@ class SubtrajectoryReplayBuffer(ReplayBuffer):
         assert isinstance(samples.indices, th.Tensor)
         indices = samples.indices.numpy()
         if self.device.type != "cpu":
-            on_device = (value.to(self.device) for value in samples[1:5])
+            on_device = {name: getattr(samples, name).to(self.device) for name in ("actions", "rewards", "terminated", "mask")}
             obs = map_observation(lambda value: value.to(self.device), samples.observations)
-            return SubtrajectorySamples(obs, *on_device, indices)
+            return SubtrajectorySamples(obs, **on_device, indices=indices)
         return samples._replace(indices=indices)
 
     def _get_samples(  # type: ignore[override]

@@ -1,5 +1,5 @@
 """
-Seeing inside a trained model: what its embeddings, its linear model and its values are worth.
+Diagnostics of a trained model: quality of its embeddings, its linear model and its value estimates.
 """
 
 from sb3_mrq.diagnostics.callback import DiagnosticsCallback

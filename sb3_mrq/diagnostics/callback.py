@@ -8,11 +8,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_mrq.diagnostics import measures
 from sb3_mrq.diagnostics.diagnosis import Diagnosis, diagnose
 from sb3_mrq.diagnostics.episodes import wrap_env
 from sb3_mrq.mrq import MRQ
 
-# What is worth a line on the screen; everything goes to the other outputs
+# Numbers printed to stdout; the other outputs get all of them
 _ON_SCREEN = (
     "episodes/mean_return",
     "model/reward_r2_1",
@@ -29,20 +30,20 @@ _ON_SCREEN = (
 
 class DiagnosticsCallback(BaseCallback):
     """
-    Diagnose the model every so many steps, and log numbers (``diagnostics/...``) and, for TensorBoard, figures.
+    Callback for diagnosing the model periodically. It logs numbers (``diagnostics/...``) and, to TensorBoard, figures.
 
-    It acts between collecting transitions and training, when no update or step of the environment is under way, and training
-    goes on as if it had not been there: to the last bit the same weights, buffer and random numbers.
+    Diagnoses are made between rollouts and training and do not affect training: weights, replay buffer and random numbers are
+    bit-identical.
 
-    :param eval_env: the environment to diagnose in, another one than that of training
-    :param freq: steps of training, over all environments, between two diagnoses. There is none before the first update.
-    :param n_episodes: number of episodes for each
-    :param seed: of the environment, so that every diagnosis starts from the same states; None to let its generators go on
-    :param figures: whether to draw figures, which takes about a second
-    :param max_steps: at most so many transitions for each diagnosis
-    :param verbose: Verbosity level: 0 for no output, 1 for what is flagged
-    :raises ValueError: when training starts, if the environment does not suit the model, or is that of training
-    :raises ImportError: when training starts, if there are to be figures and matplotlib is not installed
+    :param eval_env: The environment for the diagnosis, not the training environment
+    :param freq: Number of timesteps between two diagnoses. The first one comes after the first update at the earliest.
+    :param n_episodes: Number of episodes per diagnosis
+    :param seed: Seed of the environment, so that every diagnosis starts from the same states; None to leave it unseeded
+    :param figures: Whether to draw figures, which takes about a second
+    :param max_steps: Maximum number of transitions per diagnosis
+    :param verbose: Verbosity level: 0 for no output, 1 for printing flags
+    :raises ValueError: at the start of training, if the environment does not match the model or is the training environment
+    :raises ImportError: at the start of training, if scikit-learn is not installed, or matplotlib if figures are drawn
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class DiagnosticsCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, MRQ):
-            raise ValueError(f"DiagnosticsCallback is for MRQ, not for {type(self.model).__name__}.")
+            raise ValueError(f"DiagnosticsCallback supports the algorithm MRQ, not {type(self.model).__name__}.")
+        measures.check_sklearn()
         if self.draw_figures and importlib.util.find_spec("matplotlib") is None:
             raise ImportError(
                 'Figures need matplotlib. Install it with: pip install "sb3-mrq[train]", or set figures=False in '
@@ -77,7 +79,10 @@ class DiagnosticsCallback(BaseCallback):
             )
         self.eval_env = wrap_env(self.model, self.eval_env)
         if self.eval_env.unwrapped is self.training_env.unwrapped:
-            raise ValueError("DiagnosticsCallback needs an environment of its own, but eval_env is the one of training.")
+            raise ValueError(
+                "DiagnosticsCallback needs an environment of its own, but eval_env is the training environment. Create a "
+                "second one."
+            )
 
     def _on_training_start(self) -> None:
         self._last_step = self.num_timesteps

@@ -1,7 +1,7 @@
 """
-The diagnosis of a trained model: numbers, arrays and verdicts, from episodes played in an environment.
+Diagnosis of a trained model from evaluation episodes: numbers, arrays and flags.
 
-Shapes: ``N`` transitions, ``H`` horizon of the encoder, ``Z`` size of an embedding.
+Shapes: ``N`` transitions, ``H`` encoder horizon, ``Z`` size of an embedding.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ from sb3_mrq.mrq import MRQ
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# An embedding is constant where its root mean squared deviation is at most this part of its root mean square
+# Limits beyond which an embedding is flagged.
+# Constant: root mean squared deviation divided by root mean square, at most
 CONSTANT = 0.01
-# ... of one dimension where its effective rank is below
+# One-dimensional: effective rank, below
 LOW_RANK = 2.0
-# ... largely dormant where more than this part of its units is
+# Largely dormant: fraction of dormant units, above
 DORMANT_SHARE = 0.25
-# ... vanishing or exploding where its norm divided by sqrt(Z) lies outside
+# Vanishing or exploding: norm divided by sqrt(Z), outside
 UNIT_NORM = (1e-3, 1e2)
-# Where the value behind a truncation has more than this weight in a return, that tells little about the prediction
+# Returns in which a bootstrapped value has more than this weight are not compared with predictions
 TAIL_WEIGHT = 0.7
-# Transitions for one forward pass
+# Batch size of forward passes
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class ModelAccuracy:
     """
-    How well the linear model predicts when it is unrolled along the actions taken, for 1 to H steps ahead, (H,) each. R^2 is
-    against the mean of what is predicted; NaN where that does not vary.
+    Accuracy of the linear model, unrolled along the actions taken, for 1 to H steps ahead, (H,) each. R^2 is NaN if the target
+    does not vary.
 
-    :param reward_r2: of the expected reward
-    :param reward_rmse: root mean squared error of the expected reward, in the unit of the rewards learned from
-    :param termination_r2: of the predicted termination
-    :param termination_rmse: root mean squared error of the predicted termination, which is 0 or 1
-    :param embedding_r2: of the next embedding by the target encoder, all dimensions together
-    :param embedding_r2_unchanged: the same for the prediction that the first embedding stays as it is
-    :param n: predictions that were compared
-    :param n_terminated: terminations among them
+    :param reward_r2: R^2 of the expected reward
+    :param reward_rmse: root mean squared error of the expected reward, in units of the training rewards
+    :param termination_r2: R^2 of the predicted termination
+    :param termination_rmse: root mean squared error of the predicted termination; its target is 0 or 1
+    :param embedding_r2: R^2 of the next embedding, with the target encoder's embedding as target, over all dimensions
+    :param embedding_r2_unchanged: R^2 of predicting no change of the embedding
+    :param n: number of predictions
+    :param n_terminated: number of terminations among the targets
     """
 
     reward_r2: np.ndarray
@@ -67,10 +68,10 @@ class ModelAccuracy:
 @dataclass(frozen=True)
 class LinearProbe:
     """
-    How much of Q a linear function explains, in stretches of episodes that it was not fitted to.
+    Linear probe of Q, evaluated on held-out segments of episodes.
 
-    :param q: mean of the value heads, in the unit of the rewards learned from, (N,)
-    :param z_sa_r2: R^2 of the linear function of z_sa
+    :param q: mean of the value heads, in units of the training rewards, (N,)
+    :param z_sa_r2: R^2 of a linear function of z_sa
     :param z_sa_prediction: its held-out predictions, (N,)
     :param raw_r2: R^2 of a linear function of observation and action
     :param raw_prediction: its held-out predictions, (N,)
@@ -86,15 +87,15 @@ class LinearProbe:
 @dataclass(frozen=True)
 class EmbeddingHealth:
     """
-    Whether an embedding has collapsed.
+    Indicators of a collapsed embedding.
 
     :param name: z_s or z_sa
     :param norms: Euclidean norm of each embedding, (N,)
-    :param variation: root mean squared deviation from the mean embedding, in parts of the root mean square
-    :param spectrum: singular values of the deviations, descending, in parts of their sum
-    :param effective_rank: exponential of the entropy of the spectrum, 0 where nothing varies
-    :param unit_deviations: standard deviation of each unit in parts of the mean one, (Z,)
-    :param dormant_share: part of the units whose deviation is at most ``measures.DORMANT``
+    :param variation: root mean squared deviation from the mean embedding, divided by the root mean square
+    :param spectrum: singular values of the centred embeddings as fractions of their sum, descending
+    :param effective_rank: exponential of the entropy of the spectrum, 0 if nothing varies
+    :param unit_deviations: standard deviation of each unit relative to the mean one, (Z,)
+    :param dormant_share: fraction of units whose deviation is at most ``measures.DORMANT``
     """
 
     name: str
@@ -112,12 +113,12 @@ class EmbeddingHealth:
 
     @property
     def flags(self) -> list[str]:
-        """What is wrong, a sentence each; empty where nothing is."""
+        """A sentence for each exceeded limit."""
         flags = []
         if self.variation <= CONSTANT:
             flags.append(
                 f"{self.name} is constant: it varies by {self.variation:.2g} of its size (limit {CONSTANT:g}), so that it "
-                "tells states apart by nearly nothing."
+                "hardly distinguishes states."
             )
         elif self.effective_rank < LOW_RANK:
             flags.append(
@@ -140,10 +141,10 @@ class EmbeddingMap:
     """
     State embeddings in the plane of their first two principal components.
 
-    :param points: embeddings of all observations of all episodes, in their order, (M, 2)
-    :param values: value of the policy's action there, in the unit of the rewards learned from, (M,)
-    :param episode: the points of the episode to be shown, the one of median return
-    :param variance_shares: parts of the variance that the two components hold, (2,)
+    :param points: projected embeddings of all observations, in order of time, (M, 2)
+    :param values: value of the policy's action in each state, in units of the training rewards, (M,)
+    :param episode: slice of the episode of median return
+    :param variance_shares: fractions of the variance that the two components explain, (2,)
     """
 
     points: np.ndarray
@@ -155,13 +156,13 @@ class EmbeddingMap:
 @dataclass(frozen=True)
 class ReturnComparison:
     """
-    Predicted against realised discounted return of every step, in the unit of the rewards learned from, (N,) each.
+    Predicted and realised discounted return of every step, in units of the training rewards, (N,) each.
 
     :param predicted: mean of the value heads times the reward scale
-    :param realised: discounted sum of the rewards to the end of the episode, and the predicted value of the last observation
-        where the episode was truncated
-    :param tail_weight: weight of that value in the sum, 0 in episodes that terminated
-    :param episode: the steps of the episode to be shown, the one of median return
+    :param realised: discounted return, bootstrapped from the predicted value of the last observation if the episode was
+        truncated
+    :param tail_weight: weight of the bootstrapped value, 0 in terminated episodes
+    :param episode: slice of the episode of median return
     """
 
     predicted: np.ndarray
@@ -171,12 +172,12 @@ class ReturnComparison:
 
     @property
     def counted(self) -> np.ndarray:
-        """Which steps the numbers are about: those where the value behind a truncation has a small weight, (N,)."""
+        """Mask of the steps that count: the weight of the bootstrapped value is at most ``TAIL_WEIGHT``, (N,)."""
         return self.tail_weight <= TAIL_WEIGHT
 
     @property
     def bias(self) -> float:
-        """Mean of predicted less realised return: positive for overestimation."""
+        """Mean of predicted minus realised return, positive for overestimation."""
         errors = (self.predicted - self.realised)[self.counted]
         return float(errors.mean()) if len(errors) else float("nan")
 
@@ -188,12 +189,12 @@ class ReturnComparison:
 
     @property
     def r2(self) -> float:
-        """Part of the variance of the realised returns that the predictions explain."""
+        """Fraction of the variance of the realised returns that the predictions explain."""
         return measures.explained_variance(self.realised[self.counted], self.predicted[self.counted])
 
     @property
     def correlation(self) -> float:
-        """Between predicted and realised returns, NaN where one does not vary."""
+        """Correlation of predicted and realised returns, NaN if one of them does not vary."""
         pairs = np.stack([self.predicted[self.counted], self.realised[self.counted]])
         if pairs.shape[1] < 2 or np.any(pairs.std(axis=1) <= 1e-6 * np.abs(pairs).max(axis=1)):
             return float("nan")
@@ -203,22 +204,22 @@ class ReturnComparison:
 @dataclass(frozen=True)
 class Diagnosis:
     """
-    What was found, see ``docs/diagnostics.md`` for how to read it.
+    Result of :func:`diagnose`. ``docs/diagnostics.md`` explains how to read it.
 
     :param env_id: name of the environment
-    :param num_timesteps: steps of training of the model
+    :param num_timesteps: training timesteps of the model
     :param gamma: discount factor
-    :param reward_unit: what rewards, returns and values are measured in: "reward", or "normalised reward"
-    :param episode_returns: undiscounted sum of rewards of each episode, before normalisation
-    :param episode_lengths: transitions of each episode
-    :param n_terminated: episodes that terminated by themselves
+    :param reward_unit: unit of rewards, returns and values: "reward" or "normalised reward"
+    :param episode_returns: undiscounted return of each episode, before normalisation
+    :param episode_lengths: number of transitions of each episode
+    :param n_terminated: number of terminated episodes
     :param model: accuracy of the linear model
-    :param probe: how much of Q is linear in z_sa
-    :param z_s: state of the state embedding
-    :param z_sa: state of the state-action embedding
+    :param probe: linear probe of Q
+    :param z_s: collapse indicators of the state embedding
+    :param z_sa: collapse indicators of the state-action embedding
     :param map: embeddings in a plane
-    :param returns: predicted against realised return
-    :param notes: what restricts the numbers, a sentence each
+    :param returns: predicted and realised returns
+    :param notes: limitations of the numbers, a sentence each
     """
 
     env_id: str
@@ -238,7 +239,7 @@ class Diagnosis:
 
     @property
     def flags(self) -> list[str]:
-        """What is wrong with the embeddings, a sentence each; empty where nothing is."""
+        """A sentence for each limit that an embedding exceeds."""
         return [*self.z_s.flags, *self.z_sa.flags]
 
     @property
@@ -248,7 +249,7 @@ class Diagnosis:
 
     def numbers(self) -> dict[str, float]:
         """
-        :return: every number by its name, in groups divided by a slash; NaN where there is nothing to tell
+        :return: all numbers by name, ``group/name``; NaN if undefined
         """
         numbers = {
             "episodes/n": float(len(self.episode_returns)),
@@ -288,9 +289,9 @@ class Diagnosis:
 
     def figures(self) -> dict[str, Figure]:
         """
-        Draw one figure for each item. They belong to no window and need not be closed.
+        Draw the figures. They are not registered with pyplot and need not be closed.
 
-        :return: figures by the names model, probe, collapse, map and returns
+        :return: figures by name: model, probe, collapse, map and returns
         :raises ImportError: if matplotlib is not installed
         """
         from sb3_mrq.diagnostics.figures import draw
@@ -301,8 +302,8 @@ class Diagnosis:
         """
         Write the figures (PNG and SVG), the numbers (``diagnosis.json``) and a page that shows both (``index.html``).
 
-        :param folder: where to write them, made if it does not exist
-        :return: the page
+        :param folder: output folder, created if it does not exist
+        :return: path of the page
         :raises ImportError: if matplotlib is not installed
         """
         from sb3_mrq.diagnostics.report import write
@@ -312,7 +313,7 @@ class Diagnosis:
 
 class _Networks:
     """
-    The networks of a model as functions on arrays, in chunks.
+    The networks of a model as functions on arrays, evaluated in batches.
 
     :param model: the model
     """
@@ -338,7 +339,7 @@ class _Networks:
     def q(self, z_sa: np.ndarray) -> np.ndarray:
         """
         :param z_sa: (N, ZSA)
-        :return: mean of the value heads in the unit of the rewards, (N,)
+        :return: mean of the value heads, in units of the rewards, (N,)
         """
         parts = [self.policy.critic(z).mean(dim=1).cpu().numpy() for (z,) in self._chunks(z_sa)]
         return np.concatenate(parts).astype(np.float64) * self.reward_scale
@@ -349,7 +350,10 @@ class _Networks:
         :return: action vectors of the policy, (N, A)
         """
         actions = self.policy.actions
-        parts = [actions.encode(actions.act(self.policy.actor(z), True)).cpu().numpy() for (z,) in self._chunks(z_s)]
+        parts = [
+            actions.encode(actions.decode(actions.activation(self.policy.actor(z)))).cpu().numpy()
+            for (z,) in self._chunks(z_s)
+        ]
         return np.concatenate(parts)
 
     def predict(self, z_s: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -362,7 +366,7 @@ class _Networks:
         parts = []
         for z, a in self._chunks(z_s, actions):
             terminated, next_z, logits = predictor(self.policy.encoder.state_action(z, a))
-            # Bins are far apart at both ends, where small probabilities count much
+            # In float64, as small probabilities of the outer bins have a large effect
             rewards = (logits.double().softmax(dim=-1) * predictor.bins).sum(dim=-1)
             parts.append([part.cpu().numpy() for part in (rewards, terminated.squeeze(-1).double(), next_z)])
         rewards, terminated, next_z = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -375,14 +379,14 @@ def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
 
 def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
     """
-    Unroll the linear model from every state along the actions taken, as the encoder loss does, and compare.
+    Unroll the linear model from every state along the actions taken, as in the encoder loss, and compare with the episodes.
 
     :param model: the model
-    :param episodes: from :func:`sb3_mrq.diagnostics.episodes.play`
+    :param episodes: episodes from :func:`sb3_mrq.diagnostics.episodes.play`
     :return: accuracy for each number of steps ahead
     """
     networks = _Networks(model)
-    # All episodes in one array, the rows of an episode being its observations
+    # One row per observation of all episodes
     z_s, target_z_s = (np.concatenate([getattr(e, name) for e in episodes]) for name in ("z_s", "target_z_s"))
     lengths = np.array([len(e) for e in episodes])
     ends = np.cumsum(lengths + 1) - 1
@@ -423,9 +427,9 @@ def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
 
 def embedding_health(name: str, embeddings: np.ndarray) -> EmbeddingHealth:
     """
-    :param name: of the embedding
+    :param name: name of the embedding
     :param embeddings: (N, Z)
-    :return: its norm, rank and dormant units
+    :return: its collapse indicators
     """
     embeddings = embeddings.astype(np.float64)
     square = np.square(embeddings).mean()
@@ -446,41 +450,41 @@ def embedding_health(name: str, embeddings: np.ndarray) -> EmbeddingHealth:
 def env_name(env: VecEnv) -> str:
     """
     :param env: environments
-    :return: id of their task, or name of their class where it is not registered
+    :return: id of the environment, or the name of its class if it is not registered
     """
     try:
         spec = env.get_attr("spec")[0]
         return spec.id if spec is not None else type(env.get_attr("unwrapped")[0]).__name__
     except Exception:
-        # For a title only
+        # Only used as a title
         return type(env.unwrapped).__name__
 
 
 def _notes(
     model: MRQ, episodes: list[Episode], accuracy: ModelAccuracy, returns: ReturnComparison, max_steps: int
 ) -> list[str]:
-    """What restricts the numbers, a sentence each."""
+    """Limitations of the numbers, a sentence each."""
     notes = []
     if model._n_updates == 0:
         notes.append("The model has not been trained yet.")
     if sum(map(len, episodes)) >= max_steps:
-        notes.append(f"Episodes were cut off after {max_steps} transitions altogether.")
+        notes.append(f"Episodes were cut off after a total of {max_steps} transitions.")
     if not accuracy.n_terminated.any():
         notes.append(
-            "No episode terminated, so there is nothing to tell about the prediction of termination, which is not trained "
-            "as long as none has."
+            "No episode terminated, so the prediction of termination cannot be judged. It is not trained until an episode has "
+            "terminated."
         )
     if np.isnan(accuracy.reward_r2).all():
         notes.append("All rewards are the same, so there is no variance of rewards to explain; see their error instead.")
     if not returns.counted.any():
         notes.append(
-            f"All episodes were truncated so soon that the value behind them has more than {TAIL_WEIGHT:.0%} of the weight: "
+            f"All episodes were truncated so early that the bootstrapped value has a weight of more than {TAIL_WEIGHT:.0%}: "
             "too little of each return was realised to judge the predictions."
         )
     elif not returns.counted.all():
         notes.append(
             f"Predicted and realised return are compared in {returns.counted.mean():.0%} of the steps; in the others, close "
-            f"to a truncation, the value behind it has more than {TAIL_WEIGHT:.0%} of the weight."
+            f"to a truncation, the bootstrapped value has a weight of more than {TAIL_WEIGHT:.0%}."
         )
     return notes
 
@@ -494,28 +498,30 @@ def diagnose(
     max_steps: int = 20_000,
 ) -> Diagnosis:
     """
-    Play episodes with a trained model and measure what its embeddings, its linear model and its values are worth. Nothing of
-    the model changes, nor do the global random generators; the environment is reset and stepped.
+    Play episodes with a trained model and measure the quality of its embeddings, its linear model and its values. The model
+    and the global random generators do not change; the environment is reset and stepped.
 
-    With ``VecNormalize``, observations and rewards are normalised by the statistics of the model's training environment, or,
-    if it has none, as ``env`` does it with the statistics that it has.
+    With ``VecNormalize``, observations and rewards are normalised with the statistics of the model's training environment. A
+    model without a training environment uses the statistics of ``env``.
 
-    :param model: the model
-    :param env: the environment, preferably another one than that of training, several as a ``VecEnv``, or the id of one
-    :param n_episodes: number of episodes
-    :param seed: of the environment, None to let its generators go on as they are
-    :param exploration_noise: standard deviation of exploration noise as in training (0.2 by default there), for embeddings
-        and predictions beside the path of the policy; 0 for none
-    :param max_steps: at most so many transitions are recorded, the episodes that are running then are cut off
-    :return: what was found
-    :raises ValueError: for an environment that the model cannot act in, for numbers that cannot work, and for a model whose
-        actions, embeddings or values are not finite
+    :param model: The model
+    :param env: The environment, a ``VecEnv`` or an environment id, preferably not the training environment
+    :param n_episodes: Number of episodes
+    :param seed: Seed of the environment, None to leave it unseeded
+    :param exploration_noise: Standard deviation of exploration noise as in training (0.2 by default there), to cover states
+        and actions off the policy's path; 0 for none
+    :param max_steps: Maximum number of transitions; episodes still running are cut off
+    :return: The diagnosis
+    :raises ValueError: if the environment does not match the model, if a number is out of range, or if actions, embeddings or
+        values of the model are not finite
+    :raises ImportError: if scikit-learn is not installed
     """
     if n_episodes < 1 or max_steps < 1 or not exploration_noise >= 0:
         raise ValueError(
-            f"n_episodes ({n_episodes}) and max_steps ({max_steps}) must be at least 1 and exploration_noise "
-            f"({exploration_noise}) not negative."
+            f"n_episodes ({n_episodes}) and max_steps ({max_steps}) must be at least 1, and exploration_noise "
+            f"({exploration_noise}) must not be negative."
         )
+    measures.check_sklearn()
     vec_env = wrap_env(model, env)
     with no_side_effects(model):
         model.policy.set_training_mode(False)
@@ -524,7 +530,7 @@ def diagnose(
         finally:
             training_env = model.get_env()
             if training_env is not None and training_env.unwrapped is vec_env.unwrapped:
-                # Where learning goes on, it is from a reset
+                # Further training starts from a reset
                 model._last_obs = None
         diagnosis = _diagnose(model, vec_env, episodes, max_steps)
     if isinstance(env, str):
@@ -533,7 +539,7 @@ def diagnose(
 
 
 def _diagnose(model: MRQ, env: VecEnv, episodes: list[Episode], max_steps: int) -> Diagnosis:
-    """What episodes tell about a model."""
+    """Diagnosis of a model from its episodes."""
     networks = _Networks(model)
     lengths = np.array([len(e) for e in episodes])
     z_s = np.concatenate([e.z_s for e in episodes])

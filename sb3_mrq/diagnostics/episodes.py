@@ -1,5 +1,5 @@
 """
-Episodes of a trained model, embedded as they are played, without traces in the model or in the global random generators.
+Evaluation episodes of a trained model with their embeddings. The model and the global random generators do not change.
 """
 
 import math
@@ -23,24 +23,24 @@ from sb3_mrq.checks import DivergedError
 from sb3_mrq.mrq import MRQ
 from sb3_mrq.observations import images_to_floats, map_observation
 
-# Observations that are embedded at once
+# Batch size of the encoder
 _CHUNK = 128
-# Largest number of values that an image is averaged down to, for the probe on raw observations
+# Maximum number of values of a downsampled image, for the probe on raw observations
 _IMAGE_VALUES = 1024
 
 
 @dataclass
 class Episode:
     """
-    One episode of m transitions, or its beginning.
+    One episode of m transitions, possibly cut off.
 
-    :param z_s: embeddings of its observations, (m + 1, Z)
-    :param target_z_s: the same by the target encoder, (m + 1, Z)
-    :param observations: preprocessed and flattened, images averaged down, (m, D)
+    :param z_s: embeddings of the observations, (m + 1, Z)
+    :param target_z_s: embeddings by the target encoder, (m + 1, Z)
+    :param observations: preprocessed and flattened observations, images downsampled, (m, D)
     :param actions: action vectors, (m, A)
-    :param rewards: as the model learns from them, that is normalised if they are in training, (m,)
-    :param original_return: undiscounted sum of the rewards before normalisation
-    :param terminated: whether it ended by itself: False where it met a time limit or the limit on transitions
+    :param rewards: rewards, normalised if they are in training, (m,)
+    :param original_return: undiscounted return before normalisation
+    :param terminated: whether it terminated, False if it was truncated or cut off
     """
 
     z_s: np.ndarray
@@ -58,14 +58,14 @@ class Episode:
 @contextmanager
 def no_side_effects(model: BaseAlgorithm) -> Iterator[None]:
     """
-    Put back whatever evaluating a model changes outside the environment: the generators of Python, NumPy and torch, that of
-    the model's action space, the mode of the policy.
+    Restore everything that an evaluation changes outside the environment: the random generators of Python, NumPy, torch and
+    the action space, and the training mode of the policy.
 
     :param model: the model that is evaluated
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [model.device] if model.device.type == "cuda" else []
-    # Held by the space itself, which the environments of a class may share
+    # The generator belongs to the space, which several environments may share
     space = model.action_space._np_random
     space_state = None if space is None else space.bit_generator.state
     training = model.policy.training
@@ -83,17 +83,17 @@ def no_side_effects(model: BaseAlgorithm) -> Iterator[None]:
 
 def wrap_env(model: MRQ, env: GymEnv | str) -> VecEnv:
     """
-    :param model: the model that is to act in the environment
-    :param env: an environment, several as a ``VecEnv``, or the id of one
-    :return: as the model takes it
-    :raises ValueError: if its spaces are others than the model's, or it lacks the ``VecNormalize`` of training
+    :param model: the model that acts in the environment
+    :param env: an environment, a ``VecEnv`` or an environment id
+    :return: the environment, wrapped for the model
+    :raises ValueError: if its spaces differ from the model's, or if it lacks the ``VecNormalize`` of training
     """
     vec_env = model._wrap_env(gym.make(env) if isinstance(env, str) else env, monitor_wrapper=False)
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
     if model.get_vec_normalize_env() is not None and unwrap_vec_normalize(vec_env) is None:
         raise ValueError(
-            "The model is trained with VecNormalize, but the environment to diagnose it in has none: wrap it in "
-            "VecNormalize(env, training=False) too; the statistics are those of training."
+            "The model is trained with VecNormalize, but the environment of the diagnosis has none: wrap it in "
+            "VecNormalize(env, training=False) too. The statistics of the training environment are used."
         )
     return vec_env
 
@@ -101,11 +101,11 @@ def wrap_env(model: MRQ, env: GymEnv | str) -> VecEnv:
 @contextmanager
 def _normalization_of_training(model: MRQ, env: VecEnv) -> Iterator[VecNormalize | None]:
     """
-    Let an environment normalise as it is done in training, without updating any statistics.
+    Normalise as in the training environment, without updating statistics.
 
-    :param model: whose training environment is followed, if it has one
+    :param model: the model; without a training environment, the statistics of ``env`` are used
     :param env: the environment
-    :return: its normalisation, if it has one
+    :return: its ``VecNormalize``, if it has one
     """
     normalization = unwrap_vec_normalize(env)
     if normalization is None:
@@ -127,15 +127,15 @@ def _normalization_of_training(model: MRQ, env: VecEnv) -> Iterator[VecNormalize
 
 class _Recorder:
     """
-    The running episode of one environment. Observations are embedded in chunks and not kept, as those of long episodes of
-    images would not fit into memory.
+    Recorder of the running episode of one environment. Observations are embedded in batches and not kept, as images of long
+    episodes would not fit into memory.
 
     :param model: the model that acts
     """
 
     def __init__(self, model: MRQ):
         self.model = model
-        self.waiting: list[Any] = []
+        self.pending: list[Any] = []
         self.embedded: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.actions: list[np.ndarray] = []
         self.rewards: list[float] = []
@@ -143,21 +143,21 @@ class _Recorder:
 
     def observe(self, obs: Any) -> None:
         """
-        :param obs: the next observation, not batched
+        :param obs: the next observation, without batch dimension
         """
-        self.waiting.append(obs)
-        if len(self.waiting) == _CHUNK:
+        self.pending.append(obs)
+        if len(self.pending) == _CHUNK:
             self.embed()
 
     def embed(self) -> None:
-        """Embed the observations that wait for it."""
-        if not self.waiting:
+        """Embed the pending observations."""
+        if not self.pending:
             return
-        if isinstance(self.waiting[0], dict):
-            obs: Any = {key: np.stack([step[key] for step in self.waiting]) for key in self.waiting[0]}
+        if isinstance(self.pending[0], dict):
+            obs: Any = {key: np.stack([step[key] for step in self.pending]) for key in self.pending[0]}
         else:
-            obs = np.stack(self.waiting)
-        self.waiting = []
+            obs = np.stack(self.pending)
+        self.pending = []
         policy = self.model.policy
         preprocessed = policy.preprocess(policy.obs_to_tensor(obs)[0])
         self.embedded.append(
@@ -191,9 +191,9 @@ class _Recorder:
 
 def flatten_observations(model: MRQ, obs: th.Tensor | dict[str, th.Tensor]) -> th.Tensor:
     """
-    :param model: the model that takes the observations
-    :param obs: preprocessed observations, (B, ...) or a dict of these
-    :return: all values in a row, images averaged down to about a thousand values, (B, D)
+    :param model: the model
+    :param obs: preprocessed observations, (B, ...), or a dict of these
+    :return: flattened observations, images downsampled to about a thousand values, (B, D)
     """
     obs = images_to_floats(obs)
     space = model.observation_space
@@ -215,14 +215,17 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
     """
     :param model: the model
     :param obs: observations of all environments
-    :param n_envs: how many environments there are
-    :param noise: standard deviation of the exploration noise, 0 for the best action
-    :return: actions in the space, and in the stored form of the replay buffer (n_envs, action_dim)
+    :param n_envs: number of environments
+    :param noise: standard deviation of the exploration noise, 0 for the deterministic action
+    :return: actions in the space, and in the format of the replay buffer, (n_envs, action_dim)
     :raises DivergedError: if an action is not finite
     """
     is_box = isinstance(model.action_space, spaces.Box)
     if noise > 0:
-        stored = model.policy.explore(obs, noise).reshape(n_envs, *model.action_space.shape)  # type: ignore[misc]
+        vectors = model.policy.explore(model.policy.obs_to_tensor(obs)[0], noise)
+        if not th.isfinite(vectors).all():
+            raise DivergedError(f"the policy's action is {vectors.tolist()}")
+        stored = model.policy.actions.decode(vectors).cpu().numpy().reshape(n_envs, *model.action_space.shape)  # type: ignore[misc]
         actions = model.policy.unscale_action(stored) if is_box else stored.astype(model.action_space.dtype)
     else:
         actions, _ = model.predict(obs, deterministic=True)
@@ -236,14 +239,14 @@ def play(
     model: MRQ, env: VecEnv, n_episodes: int, seed: int | None, exploration_noise: float, max_steps: int
 ) -> list[Episode]:
     """
-    Play episodes, in each of several environments about as many, so that short episodes are not preferred.
+    Play episodes. They are divided evenly among several environments, to avoid a bias towards short episodes.
 
     :param model: the model that acts
     :param env: environments from ``wrap_env``
     :param n_episodes: number of episodes
-    :param seed: of the environments and of the noise, None to let them go on as they are
-    :param exploration_noise: standard deviation of the exploration noise, 0 for the best action
-    :param max_steps: at most so many transitions are recorded; episodes that are running then are cut off
+    :param seed: seed of the environments and of the noise, None to leave them unseeded
+    :param exploration_noise: standard deviation of the exploration noise, 0 for the deterministic action
+    :param max_steps: maximum number of transitions; episodes still running are cut off
     :return: the episodes
     """
     n_envs = env.num_envs
@@ -253,7 +256,7 @@ def play(
     n_steps = 0
 
     def at(obs: Any, i: int) -> Any:
-        # Environments may write the next observation into the same memory
+        # A copy: environments may overwrite their observations
         return map_observation(lambda value: np.copy(value[i]), obs)
 
     with _normalization_of_training(model, env) as normalization:

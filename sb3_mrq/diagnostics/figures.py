@@ -1,5 +1,5 @@
 """
-One figure for each item of a diagnosis. matplotlib is imported when the first is drawn.
+One figure for each item of a diagnosis. matplotlib is imported when figures are drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, RED = "#2364aa", "#d1661c", "#8a8f98", "#b3261e"
-# Points that a scatter plot shows at most: more cannot be told apart, and make SVG files large
+# Maximum number of points in a scatter plot: more are indistinguishable
 _POINTS = 3000
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -46,10 +46,10 @@ _STYLE: dict[Any, Any] = {
 
 class Item(NamedTuple):
     """
-    :param title: of the figure
-    :param reading: what it shows and how to read it
-    :param draw: draws it
-    :param size: of the figure, in inches
+    :param title: title of the figure
+    :param reading: explanation of the figure
+    :param draw: function that draws it
+    :param size: size of the figure, in inches
     """
 
     title: str
@@ -60,7 +60,7 @@ class Item(NamedTuple):
 
 def draw(diagnosis: Diagnosis) -> dict[str, Figure]:
     """
-    :param diagnosis: what to show
+    :param diagnosis: the diagnosis
     :return: a figure for each item, by name
     :raises ImportError: if matplotlib is not installed
     """
@@ -74,11 +74,11 @@ def draw(diagnosis: Diagnosis) -> dict[str, Figure]:
     figures = {}
     for name, item in ITEMS.items():
         with matplotlib.rc_context(_STYLE):
-            # Not from pyplot, which would keep them and may open windows
+            # Not from pyplot, which would keep a reference and may open windows
             figure = Figure(figsize=item.size, layout="constrained")
             FigureCanvasAgg(figure)
             item.draw(diagnosis, figure)
-            # Find the places once, not each time that the figure is saved
+            # Compute the layout once, not each time the figure is saved
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
             figures[name] = figure
@@ -95,7 +95,7 @@ def _number(value: float) -> str:
 
 
 def _say(axes: Axes, text: str) -> None:
-    """Write in an empty panel why it is empty."""
+    """Explain an empty panel."""
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -106,10 +106,10 @@ def _steps_ahead(
     axes: Axes, lines: list[tuple[np.ndarray, str, str, Any]], title: str, label: str, lowest: float = -np.inf
 ) -> None:
     """
-    Draw numbers per step ahead.
+    Plot values against the number of steps ahead.
 
-    :param lines: values, label, colour and style
-    :param lowest: smaller values are drawn here, as triangles that point down
+    :param lines: values, label, colour and style of each line
+    :param lowest: smaller values are clipped to this one and drawn as triangles
     """
     for values, name, colour, style in lines:
         steps = np.arange(1, len(values) + 1)
@@ -135,13 +135,13 @@ def _draw_model(diagnosis: Diagnosis, figure: Figure) -> None:
                 continue
             if name == "termination" and not accuracy.n_terminated.any():
                 axes.set_title(title)
-                _say(axes, "No episode terminated:\nnothing to compare with.")
+                _say(axes, "No episode terminated.")
                 continue
             rmse = getattr(accuracy, f"{name}_rmse")
             unit = f" ({diagnosis.reward_unit})" if name == "reward" else ""
             _steps_ahead(axes, [(rmse, "linear model", BLUE, "-")], title, f"root mean squared error{unit}")
             axes.set_ylim(0, 1.15 * np.nanmax(rmse) if np.nanmax(rmse) > 0 else 1)
-            axes.text(0.03, 0.05, "It never varies, so there is no R².", transform=axes.transAxes, color="#4a4f57")
+            axes.text(0.03, 0.05, "It does not vary, so R² is undefined.", transform=axes.transAxes, color="#4a4f57")
             continue
         lines: list[tuple[np.ndarray, str, str, Any]] = [(r2, "linear model", BLUE, "-")]
         if name == "embedding":
@@ -161,13 +161,13 @@ def _draw_model(diagnosis: Diagnosis, figure: Figure) -> None:
 
 def _scatter(axes: Axes, x: np.ndarray, y: np.ndarray, colour: Any, **kwargs: Any) -> Any:
     """
-    Scatter plot on equal axes with the line of equality.
+    Scatter plot with equal axes and the identity line.
 
     :param colour: a colour, or an array of numbers
     """
     finite = np.isfinite(x) & np.isfinite(y)
     if not finite.any():
-        _say(axes, "There is nothing to compare.")
+        _say(axes, "There are no finite values.")
         return None
     both = np.concatenate([x[finite], y[finite]])
     low, high = both.min(), both.max()
@@ -240,11 +240,11 @@ def _draw_collapse(diagnosis: Diagnosis, figure: Figure) -> None:
 
 def _marks(path: np.ndarray, apart: float = 0.14) -> list[int]:
     """
-    Which steps of a path to number: first and last, and those between that lie apart from each other on the map.
+    Steps of a path to number: the first, the last, and steps in between that are far enough apart on the map.
 
-    :param path: in parts of the size of the map, (T, 2)
-    :param apart: least distance between two numbers
-    :return: indices
+    :param path: path relative to the size of the map, (T, 2)
+    :param apart: minimum distance between two numbers
+    :return: indices of the steps
     """
     last = len(path) - 1
     chosen = [0] if last == 0 else [0, last]
@@ -298,9 +298,9 @@ def _draw_returns(diagnosis: Diagnosis, figure: Figure) -> None:
             vmax=TAIL_WEIGHT,
         )
         if returns.tail_weight[counted].any():
-            figure.colorbar(drawn, ax=panels[0], label="weight of the value behind a truncation", fraction=0.045, pad=0.02)
+            figure.colorbar(drawn, ax=panels[0], label="weight of the bootstrapped value", fraction=0.045, pad=0.02)
     else:
-        _say(panels[0], "All episodes were truncated too soon.")
+        _say(panels[0], "All episodes were truncated too early.")
     panels[0].set(xlabel=f"realised discounted return ({unit})", ylabel=f"predicted ({unit})")
     predicted, realised = returns.predicted[returns.episode], returns.realised[returns.episode]
     steps = np.arange(len(predicted))
@@ -309,7 +309,7 @@ def _draw_returns(diagnosis: Diagnosis, figure: Figure) -> None:
     beyond = np.flatnonzero(~counted[returns.episode])
     if len(beyond):
         panels[1].axvspan(
-            beyond[0], max(len(steps) - 1, beyond[0]), color="#eef0f2", zorder=0, label="too near to the truncation"
+            beyond[0], max(len(steps) - 1, beyond[0]), color="#eef0f2", zorder=0, label="too close to the truncation"
         )
     panels[1].set(xlabel="step of the episode", ylabel=f"discounted return ({unit})")
     panels[1].set_title("One episode in time")
@@ -319,39 +319,39 @@ def _draw_returns(diagnosis: Diagnosis, figure: Figure) -> None:
 ITEMS = {
     "model": Item(
         "Linear model",
-        "How well the linear model predicts reward, termination and next embedding when it is unrolled along the actions "
-        "taken; an R² of 1 is perfect, 0 is no better than always predicting the mean, and the embedding should also be "
-        "predicted better than by assuming that it does not change.",
+        "How well the linear model, unrolled along the actions taken, predicts reward, termination and next embedding; an R² "
+        "of 1 is perfect, 0 is no better than always predicting the mean, and the prediction of the embedding should also be "
+        "better than assuming no change.",
         _draw_model,
         (11, 3.7),
     ),
     "probe": Item(
         "Linear probe of Q",
-        "How much of Q a linear function explains on stretches of episodes that it was not fitted to; points on the "
-        "dashed line and an R² near 1 from z_sa mean that Q is nearly linear in the embedding, the claim the method rests "
-        "on, and the second panel shows how far the raw observation and action get.",
+        "How much of Q a linear function explains on held-out segments of episodes; points on the dashed line and an R² near "
+        "1 from z_sa mean that Q is nearly linear in the embedding, the claim behind the method, and the second panel shows "
+        "the same for the raw observation and action.",
         _draw_probe,
         (10, 4.8),
     ),
     "collapse": Item(
         "Collapse of the embeddings",
-        "Whether the embeddings still tell states apart; singular values should fall off slowly with an effective rank "
+        "Whether the embeddings still distinguish states; singular values should fall off slowly with an effective rank "
         "well above the red line, units should lie to the right of theirs, and norms should neither vanish nor explode.",
         _draw_collapse,
         (11.5, 6.2),
     ),
     "map": Item(
         "Map of an episode",
-        "The state embeddings of one episode in the plane in which all embeddings vary most, joined in the order of time; "
-        "where the embedding is meaningful, neighbours on the map have similar values (colours).",
+        "The state embeddings of one episode on the first two principal components of all embeddings, connected in time; if "
+        "the embedding is meaningful, neighbours on the map have similar values (colours).",
         _draw_map,
         (8.6, 5.6),
     ),
     "returns": Item(
         "Predicted and realised return",
         "Q of the action taken against the discounted rewards that followed; points above the dashed line are "
-        "overestimated, those below it underestimated, and points that owe much to the predicted value behind a time "
-        "limit are paler, as they say less.",
+        "overestimated, points below it are underestimated, and points are paler the larger the weight of a bootstrapped "
+        "value.",
         _draw_returns,
         (11, 4.4),
     ),

@@ -1,5 +1,5 @@
 """
-The report of a diagnosis: figures, numbers, and one page that holds both and needs nothing else.
+Report of a diagnosis: figures, numbers and a self-contained page that shows both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ th:first-child { text-align: left; color: inherit; }
 footer { margin-top: 3rem; color: #5a6069; font-size: .85rem; }
 """
 
-# Names of the groups of numbers
+# Titles of the groups of numbers
 _GROUPS = {
     "episodes": "Episodes",
     "model": "Linear model",
@@ -53,7 +53,7 @@ _GROUPS = {
 
 
 def _shown(value: float) -> str:
-    """A number as people read it."""
+    """Format a number for display."""
     if math.isnan(value):
         return "n/a"
     if value == int(value) and abs(value) < 1e6:
@@ -77,8 +77,8 @@ def thresholds() -> dict[str, Any]:
 
 def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """
-    :param diagnosis: what was found
-    :return: its numbers and verdicts as JSON takes them, null where there is nothing to tell
+    :param diagnosis: the diagnosis
+    :return: its numbers and flags in JSON types, None for undefined numbers
     """
     return {
         "environment": diagnosis.env_id,
@@ -95,8 +95,8 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
 
 def _table(numbers: dict[str, float]) -> str:
     """
-    :param numbers: by their names within a group; those that end in a number are columns of one row
-    :return: a table in HTML
+    :param numbers: numbers of a group by name; names that differ only in a final number share a row
+    :return: HTML table
     """
     rows: dict[str, list[str]] = {}
     for name, value in numbers.items():
@@ -115,9 +115,9 @@ def _table(numbers: dict[str, float]) -> str:
 
 def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
     """
-    :param diagnosis: what was found
+    :param diagnosis: the diagnosis
     :param images: the figures as PNG, by name
-    :return: a page in HTML that refers to nothing outside it
+    :return: a self-contained page in HTML
     """
     env_id = html.escape(diagnosis.env_id)
 
@@ -131,7 +131,7 @@ def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
         )
     else:
         verdict = '<div class="verdict good"><strong>No collapse is flagged in the embeddings.</strong></div>'
-    notes = f'<div class="notes">Mind when reading:{items(diagnosis.notes)}</div>' if diagnosis.notes else ""
+    notes = f'<div class="notes">Notes:{items(diagnosis.notes)}</div>' if diagnosis.notes else ""
 
     sections = []
     for number, (name, item) in enumerate(ITEMS.items(), start=1):
@@ -165,11 +165,10 @@ def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
 {notes}
 {"".join(sections)}
 <section id="numbers"><h2>All numbers</h2>
-<p>Columns are steps ahead, or components; n/a stands for a number that is not defined here. Values and returns are in the
-unit of the rewards that the model learns from ({html.escape(diagnosis.reward_unit)}); the mean return of episodes is
-before any normalisation.</p>
+<p>Columns are steps ahead, or components; n/a means undefined. Values and returns are in units of the training rewards
+({html.escape(diagnosis.reward_unit)}); the mean return of episodes is before normalisation.</p>
 <div class="tables">{tables}</div></section>
-<footer>Made by sb3_mrq.diagnostics. The same numbers are in diagnosis.json beside this page.</footer>
+<footer>Made by sb3_mrq.diagnostics. The same numbers are in diagnosis.json next to this page.</footer>
 </body>
 </html>
 """
@@ -177,9 +176,9 @@ before any normalisation.</p>
 
 def write(diagnosis: Diagnosis, folder: Path) -> Path:
     """
-    :param diagnosis: what was found
-    :param folder: where to write figures, numbers and page, made if it does not exist
-    :return: the page
+    :param diagnosis: the diagnosis
+    :param folder: output folder for figures, numbers and page, created if it does not exist
+    :return: path of the page
     """
     figures = diagnosis.figures()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,15 @@
 """
-The 118 tasks that MR.Q was published with, as environments of gymnasium with the paper's preprocessing.
+The 118 tasks of the MR.Q paper as gymnasium environments with the paper's preprocessing.
 
 Importing this package registers
 
 - ``dmc/<domain>-<task>-v0``, 28 tasks of the DeepMind Control suite with flat observations of the state,
-- ``dmc-visual/<domain>-<task>-v0``, the same with stacks of images,
-- ``ALE/<Game>-v5``, where ale-py is installed. They are not preprocessed yet: wrap them in :class:`AtariWrapper`.
+- ``dmc-visual/<domain>-<task>-v0``, the same tasks with stacked images,
+- ``ALE/<Game>-v5``, if ale-py is installed. They are not preprocessed: wrap them in :class:`AtariWrapper`.
 
-Gym's locomotion tasks need no preprocessing. Nothing but gymnasium and ale-py is imported before an environment is made.
-``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` imports the package by itself, also in the processes of a ``SubprocVecEnv``.
+Gym's locomotion tasks need no preprocessing. Only gymnasium and ale-py are imported before an environment is made.
+``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` imports the package automatically, also in the processes of a
+``SubprocVecEnv``.
 """
 
 import gymnasium as gym
@@ -26,7 +27,7 @@ __all__ = [
     "AtariWrapper",
 ]
 
-# Agent steps in an episode of the DeepMind Control suite, 1000 control steps with every action repeated twice
+# Agent steps per episode of the DeepMind Control suite: 1000 control steps, with every action repeated twice
 _DMC_EPISODE = 500
 
 _DMC = [
@@ -72,22 +73,22 @@ _ATARI = """
 GYM_LOCOMOTION = ("Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "Walker2d-v5")
 #: ids of the 28 tasks of the DeepMind Control suite with observations of the state
 DMC_TASKS = tuple(f"dmc/{domain}-{task}-v0" for domain, task in _DMC)
-#: ids of the same 28 tasks with observations of pixels
+#: ids of the same 28 tasks with pixel observations
 DMC_VISUAL_TASKS = tuple(f"dmc-visual/{domain}-{task}-v0" for domain, task in _DMC)
 #: ids of the 57 Atari games
 ATARI_GAMES = tuple(f"ALE/{game}-v5" for game in _ATARI)
-#: ids of all 118
+#: ids of all 118 tasks
 BENCHMARK_TASKS = (*GYM_LOCOMOTION, *DMC_TASKS, *DMC_VISUAL_TASKS, *ATARI_GAMES)
 
 
 def _register() -> None:
-    """Register what is not registered yet: gymnasium warns where an id comes twice."""
+    """Register missing ids only, as gymnasium warns about duplicates."""
     for ids, entry_point in ((DMC_TASKS, "make_dmc"), (DMC_VISUAL_TASKS, "make_dmc_visual")):
         for env_id, (domain, task) in zip(ids, _DMC, strict=True):
             if env_id not in gym.registry:
                 gym.register(
                     id=env_id,
-                    # A string, as processes that have not imported this package can make the environment of such a spec
+                    # A string, so that a process without this package imported can make the environment from its spec
                     entry_point=f"sb3_mrq.envs.dm_control:{entry_point}",
                     kwargs={"domain": domain, "task": task},
                     max_episode_steps=_DMC_EPISODE,

@@ -26,22 +26,22 @@ try:
 except ModuleNotFoundError as error:
     on_python = " on Python 3.12 or older, which dm_control needs" if sys.version_info >= (3, 13) else ""
     raise DependencyNotInstalled(
-        f'The DeepMind Control suite is not installed: run `pip install "sb3-mrq[dmc]"`{on_python}'
+        f'The DeepMind Control suite is not installed: run `pip install "sb3-mrq[dmc]"`{on_python}.'
     ) from error
 except (ImportError, AttributeError, RuntimeError) as error:
-    # What dm_control and PyOpenGL raise where MUJOCO_GL names something that does not work
+    # Raised by dm_control and PyOpenGL if the library named by MUJOCO_GL does not work
     raise rendering.failure() from error
 
 ACTION_REPEAT = 2
 IMAGE_SIZE = 84
 STACK_SIZE = 3
-# Height and width of a frame for people, which every model of the suite has room for off screen
+# Height and width of rendered frames, within the off-screen buffer of every model of the suite
 FRAME_SIZE = 480
 
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """Without MuJoCo's messages, logged by dm_control, that the suite's own models use deprecated features."""
+    """Suppress MuJoCo's messages, logged by dm_control, about deprecated features in the suite's own models."""
 
     def worth_reading(record: logging.LogRecord) -> bool:
         return "deprecated" not in record.getMessage()
@@ -56,30 +56,29 @@ def _without_deprecations() -> Iterator[None]:
 
 class DMControlEnv(DmControlCompatibilityV0):
     """
-    A task of the DeepMind Control suite. Episodes are never terminated, and only ``TimeLimit`` sets an end to them. Where the
-    simulation diverges, in which case dm_control raises an exception, the episode is truncated, with the observation before it
-    once more, no reward, and the message as ``info["physics_error"]``.
+    A task of the DeepMind Control suite. Episodes never terminate and are only truncated by ``TimeLimit``. If the simulation
+    diverges and dm_control raises an exception, the episode is truncated with the previous observation, no reward, and the
+    message in ``info["physics_error"]``.
 
-    All of the state, that of the random numbers included, is kept by pickle and deepcopy.
+    Pickle and deepcopy preserve the whole state, including the random generator.
 
-    As in shimmy, ``np_random`` is a ``RandomState``, because that is what dm_control draws from; it takes seeds modulo
-    ``2**32``.
+    As in shimmy, ``np_random`` is a ``RandomState``, from which dm_control draws. Seeds are taken modulo ``2**32``.
 
     :param domain: name of the domain, such as ``walker``
     :param task: name of the task, such as ``walk``
-    :param render_mode: ``rgb_array``, in which ``render`` gives uint8 images (480, 480, 3), or None
+    :param render_mode: ``rgb_array`` to render uint8 images (480, 480, 3), or None
     """
 
     def __init__(self, domain: str, task: str, render_mode: str | None = None):
         if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', not {render_mode!r}")
+            raise ValueError(f"render_mode must be None, 'human' or 'rgb_array', not {render_mode!r}.")
         with _without_deprecations():
             env = suite.load(domain, task, task_kwargs={"time_limit": float("inf")})
-        # shimmy's belongs to the class and has a wrong frame rate. "human" is for HumanRendering around this one.
+        # shimmy's metadata is shared by the class and has a wrong frame rate. "human" is for HumanRendering.
         self.metadata = {"render_modes": ["human", "rgb_array"]}
         super().__init__(env, render_mode)
         self.metadata["render_fps"] = 1 / env.control_timestep()
-        # float64 in dm_control, but models act in float32, and Stable-Baselines3 warns of anything else
+        # float64 in dm_control, but models act in float32, and Stable-Baselines3 warns about other types
         low, high = (np.asarray(bound, dtype=np.float32) for bound in (env.action_spec().minimum, env.action_spec().maximum))
         self.action_space: spaces.Box = spaces.Box(low, high)
         self.camera = 2 if domain == "quadruped" else 0
@@ -91,12 +90,12 @@ class DMControlEnv(DmControlCompatibilityV0):
         self.__dict__.update(state)
 
     def _keep(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # A copy: arrays that belong to dm_control may change with the next step
+        # A copy: dm_control may overwrite its arrays in the next step
         self._last_obs = {key: np.array(value) for key, value in obs.items()}
         return obs
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        # rl-zoo3 may count up from a seed just below the limit
+        # rl-zoo3 adds to the seed, which may exceed the limit
         obs, info = super().reset(seed=None if seed is None else seed % 2**32, options=options)
         return self._keep(obs), info
 
@@ -113,7 +112,7 @@ class DMControlEnv(DmControlCompatibilityV0):
     def pixels(self, size: int) -> np.ndarray:
         """
         :param size: height and width
-        :return: what the task's camera sees, uint8 (size, size, 3)
+        :return: image of the task's camera, uint8 (size, size, 3)
         :raises RuntimeError: if MuJoCo cannot render here
         """
         self.check_rendering()
@@ -124,8 +123,8 @@ class DMControlEnv(DmControlCompatibilityV0):
         :raises RuntimeError: if MuJoCo cannot render here
         """
         try:
-            _ = self._env.physics.contexts  # made when first asked for
-        except Exception as error:  # of a different kind for each backend and cause
+            _ = self._env.physics.contexts  # created on first access
+        except Exception as error:  # its type depends on backend and cause
             raise rendering.failure() from error
 
     def render(self) -> np.ndarray | None:
@@ -134,9 +133,9 @@ class DMControlEnv(DmControlCompatibilityV0):
 
 class PixelObservation(gym.ObservationWrapper, RecordConstructorArgs):
     """
-    Observe what the camera sees, rendered once for each observation, instead of the state.
+    Observe the image of the camera instead of the state. Each observation is rendered once.
 
-    :param env: wrapped or not, a :class:`DMControlEnv`
+    :param env: a :class:`DMControlEnv`, with or without wrappers
     :param size: height and width of the uint8 images (3, size, size)
     :raises RuntimeError: if MuJoCo cannot render here
     """
@@ -157,7 +156,7 @@ class PixelObservation(gym.ObservationWrapper, RecordConstructorArgs):
 
 
 def _make(domain: str, task: str, render_mode: str | None) -> gym.Env:
-    # People see frames by HumanRendering, which works with any backend, and shows one for each step of the agent
+    # "human" is left to HumanRendering, which works with any backend and shows one frame per agent step
     return ActionRepeat(DMControlEnv(domain, task, "rgb_array" if render_mode == "human" else render_mode), ACTION_REPEAT)
 
 
@@ -170,7 +169,7 @@ def make_dmc(domain: str, task: str, render_mode: str | None = None) -> gym.Env:
     :param domain: name of the domain, such as ``walker``
     :param task: name of the task, such as ``walk``
     :param render_mode: None, ``human`` or ``rgb_array``
-    :return: the task with flat observations of the state, float64 (n,), and every action repeated twice
+    :return: the task with flat observations of the state, float64 (n,), and an action repeat of 2
     """
     return _display(FlattenObservation(_make(domain, task, render_mode)), render_mode)
 
@@ -179,8 +178,8 @@ def make_dmc_visual(domain: str, task: str, render_mode: str | None = None) -> g
     """
     :param domain: name of the domain, such as ``walker``
     :param task: name of the task, such as ``walk``
-    :param render_mode: None, ``human`` or ``rgb_array``; observations are rendered in any case
-    :return: the task with the last 3 images as observation, oldest first, uint8 (9, 84, 84), and every action repeated twice
+    :param render_mode: None, ``human`` or ``rgb_array``; observations are rendered with any of them
+    :return: the task with stacks of the last 3 images, oldest first, uint8 (9, 84, 84), and an action repeat of 2
     :raises RuntimeError: if MuJoCo cannot render here
     """
     env = FrameStackObservation(PixelObservation(_make(domain, task, render_mode), IMAGE_SIZE), STACK_SIZE)

@@ -1,5 +1,5 @@
 """
-Wrappers that gymnasium does not have, or not in a form that can be pickled.
+Wrappers that gymnasium lacks, or cannot pickle.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from gymnasium.utils import RecordConstructorArgs
 
 class ActionRepeat(gym.Wrapper, RecordConstructorArgs):
     """
-    Repeat each action and sum the rewards. The observation is that after the last repetition.
+    Repeat each action and sum the rewards. The observation is taken after the last repetition.
 
     :param env: the environment
-    :param n_repeats: how many times each action is done, fewer where the episode ends before
+    :param n_repeats: number of repetitions, fewer if the episode ends earlier
     """
 
     def __init__(self, env: gym.Env, n_repeats: int):
         RecordConstructorArgs.__init__(self, n_repeats=n_repeats)
         gym.Wrapper.__init__(self, env)
         if n_repeats < 1:
-            raise ValueError(f"n_repeats must be at least 1, not {n_repeats}")
+            raise ValueError(f"n_repeats must be at least 1, not {n_repeats}.")
         self.n_repeats = n_repeats
         if "render_fps" in env.metadata:
             self.metadata = {**env.metadata, "render_fps": env.metadata["render_fps"] / n_repeats}
@@ -37,7 +37,7 @@ class ActionRepeat(gym.Wrapper, RecordConstructorArgs):
 
 
 class _PickledByArguments(RecordConstructorArgs):
-    """gymnasium's observation wrappers hold a lambda, which does not pickle: a copy is made again around that of ``env``."""
+    """Pickles by constructor arguments, as gymnasium's observation wrappers hold a lambda, which cannot be pickled."""
 
     env: gym.Env
 
@@ -46,8 +46,8 @@ class _PickledByArguments(RecordConstructorArgs):
 
 
 class FlattenObservation(_PickledByArguments, gym.wrappers.FlattenObservation):
-    """gymnasium's, which can be pickled."""
+    """Picklable version of gymnasium's wrapper."""
 
 
 class ReshapeObservation(_PickledByArguments, gym.wrappers.ReshapeObservation):
-    """gymnasium's, which can be pickled."""
+    """Picklable version of gymnasium's wrapper."""

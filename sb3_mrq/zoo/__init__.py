@@ -1,8 +1,8 @@
 """
 MRQ as the algorithm ``mrq`` of rl-zoo3.
 
-Importing this package registers it, after which rl-zoo3's own functions and classes know it, and every script of rl-zoo3 runs
-with it through the command ``sb3-mrq <script>`` or ``python -m sb3_mrq.zoo <script>``.
+Importing this package registers the algorithm with rl-zoo3's functions and classes. The command ``sb3-mrq <script>``, or
+``python -m sb3_mrq.zoo <script>``, runs any script of rl-zoo3 with it.
 """
 
 try:

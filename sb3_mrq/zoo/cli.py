@@ -1,5 +1,5 @@
 """
-Command line: every script of rl-zoo3 with its own arguments, with ``mrq`` among the algorithms, and ``diagnose``.
+Command line: all scripts of rl-zoo3 with ``mrq`` as an additional algorithm, and ``diagnose``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.zoo.configuration import ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
-# Modules of rl-zoo3, some of which have a function to call and some of which only run as a program, and one of this package
+# Module of each script, with the function to call unless it only runs as a program
 SCRIPTS = {
     "train": "rl_zoo3.train:train",
     "enjoy": "rl_zoo3.enjoy:enjoy",
@@ -48,7 +48,7 @@ Script of this package: diagnose, a report on what a trained model has learned.
 Each takes its own arguments: sb3-mrq <script> --help. The algorithm of this package is --algo mrq.
 """
 
-# Extras of the package, by the modules that they install
+# Extra of this package that installs a module
 EXTRAS = {
     "Box2D": "box2d",
     "ale_py": "atari",
@@ -75,7 +75,7 @@ def _install_command(module: str) -> str:
 def _known_options(arguments: list[str]) -> argparse.Namespace:
     """
     :param arguments: arguments of a script that takes a task
-    :return: those that matter here, None where they are not given; the script itself will complain about wrong ones
+    :return: the options used here, None if missing; errors are left to the script
     """
     parser = argparse.ArgumentParser(add_help=False)
     for name in ("--algo", "--env", "--eval-freq", "--eval-episodes"):
@@ -87,20 +87,22 @@ def _known_options(arguments: list[str]) -> argparse.Namespace:
 def _check_task(env_id: str) -> None:
     """
     :param env_id: id of a task
-    :raises ConfigurationError: if nothing is registered under it, with the closest id
+    :raises ConfigurationError: if it is not registered, with the closest id
     """
     if env_id in gym.registry:
         return
     if ":" in env_id:
         package, _, name = env_id.partition(":")
-        raise ConfigurationError(f"rl-zoo3 takes no module in the name of a task: use --gym-packages {package} --env {name}.")
+        raise ConfigurationError(
+            f"rl-zoo3 does not accept a module in the id of a task, as in {env_id}: use --gym-packages {package} --env {name}."
+        )
     raise ConfigurationError(f"There is no task {env_id}.{closest(env_id, gym.registry)}")
 
 
 def _evaluation_arguments(options: argparse.Namespace) -> list[str]:
     """
-    :param options: what the user gave to ``train`` for ``mrq``
-    :return: interval and number of episodes of the paper's evaluations, where the user gave none
+    :param options: options of ``train`` for ``mrq``
+    :return: interval and number of episodes of the paper's evaluations, unless given in the options
     """
     arguments = []
     if options.eval_freq is None:
@@ -113,9 +115,10 @@ def _evaluation_arguments(options: argparse.Namespace) -> list[str]:
 
 def _newest_checkpoint(arguments: list[str]) -> list[str]:
     """
+    Replace a folder given as ``--trained-agent``, of a run or of checkpoints, by the model of its newest checkpoint.
+
     :param arguments: arguments of ``train``
-    :return: the same with the model of the newest checkpoint where the agent to continue with is the folder of a run, or of
-        checkpoints
+    :return: the changed arguments
     :raises ConfigurationError: for a folder without checkpoints
     """
     option = "--trained-agent"
@@ -134,8 +137,8 @@ def _newest_checkpoint(arguments: list[str]) -> list[str]:
             newest = newest_with_model(folder)
             if newest is None:
                 raise ConfigurationError(
-                    f"There is no complete checkpoint in {folder}. Those of a run that was resumed are where it was resumed "
-                    "from."
+                    f"There is no complete checkpoint in {folder}. A resumed run writes its checkpoints to the folder it was "
+                    "resumed from."
                 )
             folder = newest
         arguments[i + 1] = str(folder / MODEL)
@@ -144,16 +147,18 @@ def _newest_checkpoint(arguments: list[str]) -> list[str]:
 
 def _folder_names(arguments: list[str]) -> list[str]:
     """
-    :param arguments: arguments of a plotting script, which looks for names of tasks among names of folders
-    :return: the same with ids such as ``dmc/walker-walk-v0`` as rl-zoo3 writes them in the names of folders
+    Convert ids such as ``dmc/walker-walk-v0`` to the folder names of rl-zoo3, in which the plotting scripts look for tasks.
+
+    :param arguments: arguments of a plotting script
+    :return: the changed arguments
     """
     return [EnvironmentName(argument) if argument in gym.registry else argument for argument in arguments]
 
 
 def _our_command(command: list[str]) -> list[str]:
     """
-    :param command: a command by which a script of rl-zoo3 starts another
-    :return: the command that starts it with ``mrq`` among the algorithms
+    :param command: command with which a script of rl-zoo3 starts another one
+    :return: the corresponding command of this package
     """
     command = [getattr(argument, "gym_id", argument) for argument in command]
     here = [sys.executable, "-m", "sb3_mrq.zoo"]
@@ -166,8 +171,8 @@ def _our_command(command: list[str]) -> list[str]:
 @contextlib.contextmanager
 def _scripts_that_start_scripts() -> Iterator[None]:
     """
-    For ``benchmark`` and ``record_training``, which start other scripts in new processes, where ``mrq`` must be known too, and
-    which look for folders by the id of a task, which may hold a slash.
+    Patches for ``benchmark`` and ``record_training``: the scripts that they start know ``mrq``, and folders are found for task
+    ids with a slash.
     """
     call, get_trained_models = subprocess.call, rl_zoo3.utils.get_trained_models
 
@@ -188,8 +193,7 @@ def _scripts_that_start_scripts() -> Iterator[None]:
 @contextlib.contextmanager
 def _ffmpeg() -> Iterator[None]:
     """
-    For ``record_training``, which calls ``ffmpeg``: where the system has none, that of imageio-ffmpeg, if installed, with
-    matplotlib's fonts, as the system may have none either.
+    Provide ``ffmpeg`` for ``record_training`` if the system lacks it, from imageio-ffmpeg and with the fonts of matplotlib.
     """
     if shutil.which("ffmpeg") is not None or importlib.util.find_spec("imageio_ffmpeg") is None:
         yield
@@ -216,7 +220,7 @@ def _ffmpeg() -> Iterator[None]:
 
 def _supply_generate_metadata() -> None:
     """
-    For ``push_to_hub``, which asks huggingface_sb3 for a function that version 3.2 of that has renamed.
+    Provide a function for ``push_to_hub`` that huggingface_sb3 3.2 has renamed.
     """
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
@@ -229,11 +233,11 @@ def _supply_generate_metadata() -> None:
 
 def run(script: str, arguments: list[str]) -> None:
     """
-    Run a script of rl-zoo3 in this process.
+    Run a script in this process.
 
     :param script: its name, see ``SCRIPTS``
     :param arguments: its arguments
-    :raises ConfigurationError: for a task that does not exist
+    :raises ConfigurationError: for an unknown task
     """
     if script in ("plot_train", "all_plots", "plot_from_file"):
         arguments = _folder_names(arguments)
@@ -261,7 +265,7 @@ def run(script: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """
-    Run the script that the command line names.
+    Run the script named on the command line.
     """
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):

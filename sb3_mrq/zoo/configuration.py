@@ -1,5 +1,5 @@
 """
-Configuration files of rl-zoo3 for ``mrq``: where the default one is, and checks that name what is wrong and where.
+Configuration files of rl-zoo3 for ``mrq``: location of the default file, and validation with file and line in the messages.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import yaml
 import sb3_mrq
 from sb3_mrq import MRQ
 
-# What rl-zoo3 takes out of a section before the rest goes to the constructor
+# Keys that rl-zoo3 removes before passing a section to the constructor
 ZOO_KEYS = frozenset(
     {
         "callback",
@@ -29,30 +29,30 @@ ZOO_KEYS = frozenset(
         "vec_env_wrapper",
     }
 )
-# Arguments of the constructor that rl-zoo3 gives itself
+# Arguments of the constructor that rl-zoo3 sets itself
 GIVEN_BY_ZOO = frozenset({"self", "env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"})
 HYPERPARAMETERS = frozenset(inspect.signature(MRQ.__init__).parameters) - GIVEN_BY_ZOO
 
 
 class ConfigurationError(ValueError):
-    """A configuration that cannot be used, with a message for its author."""
+    """Invalid configuration or command line, with a message for the user."""
 
 
 def default_configuration() -> Path:
     """
-    :return: the configuration of ``mrq`` that comes with the package
+    :return: path of the default configuration of ``mrq``
     """
     package = Path(sb3_mrq.__file__).parent
-    # Beside the package in a copy of the repository, inside it where it was installed from a wheel
+    # Next to the package in the repository, inside it when installed from a wheel
     folders = [package / "hyperparams", package.parent / "hyperparams"]
     return next((path for path in (folder / "mrq.yml" for folder in folders) if path.is_file()), folders[0] / "mrq.yml")
 
 
 def closest(name: str, names: Iterable[str]) -> str:
     """
-    :param name: a name that does not exist
-    :param names: those that do
-    :return: a question to append to an error message, empty where none is similar
+    :param name: an unknown name
+    :param names: the known names
+    :return: suggestion to append to an error message, empty if no name is similar
     """
     matches = difflib.get_close_matches(name, [str(candidate) for candidate in names], n=1)
     return f" Did you mean {matches[0]}?" if matches else ""
@@ -60,11 +60,11 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 def check_configuration_file(path: Path) -> None:
     """
-    Check what can be checked of a configuration file without knowing the task: that it is a mapping from names to sections,
-    and that all names in each section are known.
+    Validate a configuration file independently of the task: it must map names to sections, and all names in the sections must
+    be known.
 
     :param path: YAML file
-    :raises ConfigurationError: with file and line
+    :raises ConfigurationError: if the file is invalid, with file and line
     """
     try:
         text = path.read_bytes()
@@ -81,14 +81,14 @@ def check_configuration_file(path: Path) -> None:
 
     if not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(
-            f"{path}, line 1: there are no sections, of the form 'CartPole-v1:' and indented lines below."
+            f"{path}, line 1: there are no sections. A section is a line such as 'CartPole-v1:' with indented lines below it."
         )
     for section, body in root.value:
         if not isinstance(body, yaml.MappingNode):
             line = section.start_mark.line + 1
             raise ConfigurationError(f"{path}, line {line}: section {section.value} holds no 'name: value' lines.")
         for key, _ in body.value:
-            # Of a merge (<<) each section that is merged is checked by itself
+            # Sections merged by << are checked individually
             if key.tag != "tag:yaml.org,2002:merge":
                 check_hyperparameter_names([str(key.value)], f"{path}, line {key.start_mark.line + 1}")
 
@@ -96,8 +96,8 @@ def check_configuration_file(path: Path) -> None:
 def check_hyperparameter_names(names: Iterable[str], where: str) -> None:
     """
     :param names: keys of a section
-    :param where: where they come from, for the message
-    :raises ConfigurationError: for a name that neither MRQ nor rl-zoo3 has
+    :param where: their origin, for the message
+    :raises ConfigurationError: for a name that is unknown to MRQ and rl-zoo3
     """
     known = HYPERPARAMETERS | ZOO_KEYS
     for name in names:
@@ -109,9 +109,9 @@ def check_hyperparameter_names(names: Iterable[str], where: str) -> None:
 
 def check_section(hyperparams: dict[str, Any], where: str) -> None:
     """
-    :param hyperparams: what a run will use
-    :param where: where they come from, for the message
-    :raises ConfigurationError: for an unknown name, or if what every run needs is missing
+    :param hyperparams: hyperparameters of a run
+    :param where: their origin, for the message
+    :raises ConfigurationError: for an unknown name, or if a required one is missing
     """
     check_hyperparameter_names(hyperparams, where)
     for name in ("policy", "n_timesteps"):

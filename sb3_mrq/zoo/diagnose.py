@@ -1,5 +1,5 @@
 """
-The script ``diagnose``: a report on a model that rl-zoo3's ``train`` left in a log folder, or on any saved model.
+The script ``diagnose``: a report on a model in a log folder of rl-zoo3's ``train``, or on any saved model.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sb3_mrq.zoo.configuration import ConfigurationError
 
 def parse_arguments() -> argparse.Namespace:
     """
-    :return: arguments of the command line; those that find a model are named as in rl-zoo3's ``enjoy``
+    :return: arguments of the command line, named as in rl-zoo3's ``enjoy`` if they select a model
     """
     parser = argparse.ArgumentParser(description="Report on what a trained model has learned: figures, numbers and one page.")
     parser.add_argument("--env", help="environment ID", type=EnvironmentName, required=True)
@@ -35,12 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load-best", action="store_true", help="Load best model instead of last model if available")
     parser.add_argument("--load-checkpoint", type=int, help="Load the checkpoint of this number of timesteps")
     parser.add_argument("--load-last-checkpoint", action="store_true", help="Load last checkpoint instead of last model")
-    parser.add_argument("--model", type=Path, help="Saved model to load, from any place, instead of one in the log folder")
-    parser.add_argument("--vec-normalize", type=Path, help="Saved statistics of VecNormalize that belong to --model")
-    parser.add_argument("-o", "--output", type=Path, help="Folder for the report (default: diagnosis, beside the model)")
+    parser.add_argument("--model", type=Path, help="Saved model to load, instead of one in the log folder")
+    parser.add_argument("--vec-normalize", type=Path, help="Saved VecNormalize statistics for --model")
+    parser.add_argument("-o", "--output", type=Path, help="Folder for the report (default: diagnosis, next to the model)")
     parser.add_argument("-n", "--n-episodes", help="Number of episodes (default: %(default)s)", default=20, type=int)
     parser.add_argument(
-        "--max-steps", help="At most so many steps altogether (default: %(default)s)", default=20_000, type=int
+        "--max-steps", help="Maximum number of steps in total (default: %(default)s)", default=20_000, type=int
     )
     parser.add_argument(
         "--exploration-noise", help="Standard deviation of noise on the actions (default: none)", default=0.0, type=float
@@ -55,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _normalize(env: VecEnv, path: Path) -> VecEnv:
-    """Normalise as in training, rewards included, if there are statistics."""
+    """Normalise observations and rewards with the statistics in a file."""
     if not path.is_file():
-        raise ConfigurationError(f"There are no statistics of VecNormalize in {path}.")
+        raise ConfigurationError(f"There is no file {path} with statistics of VecNormalize.")
     normalized = VecNormalize.load(str(path), env)
     normalized.training = False
     return normalized
@@ -66,7 +66,7 @@ def _normalize(env: VecEnv, path: Path) -> VecEnv:
 def _from_folder(args: argparse.Namespace) -> tuple[Path, VecEnv]:
     """
     :param args: arguments of the command line
-    :return: the model that they name in the log folder, and its environment as it was in training
+    :return: path of the selected model in the log folder, and its environment as in training
     :raises ConfigurationError: if there is no such model
     """
     try:
@@ -83,7 +83,7 @@ def _from_folder(args: argparse.Namespace) -> tuple[Path, VecEnv]:
         raise ConfigurationError(f"{error}. Train one with sb3-mrq train, or name a file with --model.") from error
     folder = Path(log_path) / args.env
     hyperparams, stats_path = get_saved_hyperparams(str(folder), test_mode=True)
-    # As enjoy does it: those of the configuration, unless others were given to train, and now on top
+    # As in enjoy: arguments of the configuration, replaced by those given to train, updated by those given now
     env_kwargs: dict[str, Any] = hyperparams.pop("env_kwargs", None) or {}
     if (folder / "args.yml").is_file():
         # It holds Python objects, and was written by train as the model was
@@ -105,7 +105,7 @@ def _from_folder(args: argparse.Namespace) -> tuple[Path, VecEnv]:
 
 
 def _restore_reward_normalization(env: VecEnv, path: Path) -> None:
-    """rl-zoo3 turns it off for tests, but values are in units of the rewards of training."""
+    """Undo that rl-zoo3 turns it off for tests, as values are in units of the training rewards."""
     while not isinstance(env, VecNormalize):
         env = env.venv  # type: ignore[attr-defined]
     statistics = VecNormalize.load(str(path), env.venv)
@@ -115,8 +115,8 @@ def _restore_reward_normalization(env: VecEnv, path: Path) -> None:
 def _from_file(args: argparse.Namespace) -> tuple[Path, VecEnv]:
     """
     :param args: arguments of the command line
-    :return: the model that they name, and an environment, Atari games with the preprocessing of the paper
-    :raises ConfigurationError: if there is no such file
+    :return: path of the model, and an environment, with the paper's preprocessing for Atari games
+    :raises ConfigurationError: if the file does not exist
     """
     if not args.model.is_file():
         raise ConfigurationError(f"There is no model {args.model}.")
@@ -133,10 +133,10 @@ def _from_file(args: argparse.Namespace) -> tuple[Path, VecEnv]:
 
 def diagnose_script() -> None:
     """
-    Make the report that the command line asks for.
+    Write the report requested on the command line.
     """
     args = parse_arguments()
-    # Drawing comes last: better to hear of it first
+    # Needed at the end only, but better missed at the start
     importlib.import_module("matplotlib")
     for package in args.gym_packages:
         importlib.import_module(package)

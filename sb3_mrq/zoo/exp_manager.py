@@ -1,5 +1,5 @@
 """
-rl-zoo3's experiment manager, with what ``mrq`` needs beyond other algorithms.
+rl-zoo3's experiment manager with support for ``mrq``.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from sb3_mrq.zoo.configuration import (
     default_configuration,
 )
 
-# Folder of checkpoints in that of a run
+# Folder of checkpoints within the folder of a run
 CHECKPOINTS = "checkpoints"
 
 
 def _is_checkpoint_callback(callback: Any) -> bool:
     """
-    :param callback: as in a configuration: the path of a class, or a mapping from that to arguments
+    :param callback: callback of a configuration: the path of a class, or a mapping from the path to arguments
     :return: whether it is a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback`
     """
     name = next(iter(callback)) if isinstance(callback, dict) else callback
@@ -37,10 +37,10 @@ def _is_checkpoint_callback(callback: Any) -> bool:
 
 class _Resumed:
     """
-    A model for rl-zoo3 to call ``learn`` of, which goes on where the model is.
+    Wrapper of a resumed model whose ``learn`` continues the run.
 
     :param model: the model
-    :param n_timesteps: number of steps asked for on the command line, over all of the run; none if not positive
+    :param n_timesteps: total timesteps of the run from the command line; none if not positive
     """
 
     def __init__(self, model: MRQ, n_timesteps: int):
@@ -52,7 +52,7 @@ class _Resumed:
 
     def learn(self, _: int, **kwargs: Any) -> None:
         """
-        :param _: steps as rl-zoo3 counts them, from 0
+        :param _: total timesteps of rl-zoo3, ignored
         :param kwargs: further arguments of ``MRQ.learn``
         """
         n_timesteps = self.n_timesteps - self.model.num_timesteps if self.n_timesteps > 0 else self.model.remaining_timesteps
@@ -61,19 +61,19 @@ class _Resumed:
 
 class MRQExperimentManager(ExperimentManager):
     """
-    Experiment manager of rl-zoo3, which it replaces for all algorithms. For ``mrq`` it
+    Experiment manager that replaces rl-zoo3's for all algorithms. For ``mrq`` it
 
-    - reads the configuration of this package where none is given,
-    - refuses unknown hyperparameters and corrupt configurations with a message that says where they are,
-    - makes schedules of ``encoder_learning_rate`` too,
-    - puts the checkpoints of a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` into the folder of the run,
-    - resumes a run from one of these, where that is given as the agent to continue with,
-    - collects no random transitions again when it continues with a replay buffer.
+    - uses the configuration of this package by default,
+    - rejects unknown hyperparameters and corrupt configurations, with their location in the message,
+    - supports schedules of ``encoder_learning_rate``,
+    - writes the checkpoints of a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` to the folder of the run,
+    - resumes a run if ``--trained-agent`` is a checkpoint,
+    - collects no further random transitions when training continues with a replay buffer.
 
     :param args: arguments of the command line, which are saved with the model
     :param algo: name of the algorithm
     :param env_id: id of the task
-    :param log_folder: where the runs are
+    :param log_folder: folder of the runs
     :param others: further arguments of rl-zoo3's class
     :param config: configuration file or module, None for the default one
     :param kwargs: further arguments of rl-zoo3's class
@@ -93,7 +93,7 @@ class MRQExperimentManager(ExperimentManager):
             config = config or str(default_configuration())
         super().__init__(args, algo, env_id, log_folder, *others, config=config, **kwargs)  # type: ignore[misc]
         self._resumed: MRQ | None = None
-        # On the command line; none if not positive
+        # From the command line; none if not positive
         self._n_timesteps_given = self.n_timesteps
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -102,7 +102,7 @@ class MRQExperimentManager(ExperimentManager):
         if self.config.endswith((".yml", ".yaml")):
             check_configuration_file(Path(self.config))
         if self.custom_hyperparams is not None:
-            # The names in the file are checked with their lines
+            # Names in the file are checked above, with their lines
             check_hyperparameter_names(self.custom_hyperparams, "command line")
         hyperparams, saved_hyperparams = super().read_hyperparameters()
         check_section(hyperparams, self.config)
@@ -116,12 +116,12 @@ class MRQExperimentManager(ExperimentManager):
         for name, value in given.items():
             kind, _, initial_value = value.rpartition("_")
             try:
-                # Without a decimal point, YAML takes 1e-4 for text
+                # Without a decimal point, YAML reads 1e-4 as a string
                 rate = float(initial_value)
             except ValueError:
                 rate = -1.0
             if kind not in ("", "lin") or not rate >= 0:
-                raise ConfigurationError(f"{name} is {value}, but must be a number, or lin_1e-4 and the like.")
+                raise ConfigurationError(f"{name} is {value}, but must be a number or a schedule such as lin_1e-4.")
             hyperparams[name] = SimpleLinearSchedule(rate) if kind else rate
         return hyperparams
 
@@ -132,7 +132,7 @@ class MRQExperimentManager(ExperimentManager):
         super().create_callbacks()
 
     def hyperparameters_optimization(self) -> None:
-        # Nothing is resumed of a trial
+        # Trials are not resumed
         specified = self.specified_callbacks if isinstance(self.specified_callbacks, list) else [self.specified_callbacks]
         if any(map(_is_checkpoint_callback, specified)):
             self.specified_callbacks = [callback for callback in specified if not _is_checkpoint_callback(callback)]
@@ -145,17 +145,17 @@ class MRQExperimentManager(ExperimentManager):
             return super()._load_pretrained_agent(hyperparams, env)
         print(f"Resuming from the checkpoint {checkpoint}")
         if (checkpoint / VEC_NORMALIZE).exists() and not self.normalize:
-            # Evaluations, and whoever loads the model from the folder of the run, would not normalise
+            # Otherwise evaluations, and users of the saved model, would not normalise
             raise ConfigurationError(f"The run of {checkpoint} normalised: give it 'normalize: true' as it had.")
         source, prefix = checkpoint, name["prefix"]
         if checkpoint == newest_with_model(checkpoint.parent, prefix):
-            # From the newest one the run goes on where it was: in the same folder, and from the one before it if it is damaged
+            # The newest checkpoint continues in the same folder, and falls back to older ones if it is damaged
             source = checkpoint.parent
             default = Path(self.save_path) / CHECKPOINTS
             for callback in self.callbacks:
                 if isinstance(callback, ResumableCheckpointCallback) and callback.save_path == default:
                     callback.save_path = source
-        # As rl-zoo3 does; but the seed stays, from which those of the environments are made
+        # As in rl-zoo3, but the seed is kept, as the environments derive theirs from it
         kwargs = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
         self._resumed = MRQ.resume(
             source,
@@ -175,7 +175,7 @@ class MRQExperimentManager(ExperimentManager):
         if model is self._resumed:
             self._learn(model, _Resumed(model, self._n_timesteps_given))
             return
-        # Steps are counted from 0 again where training continues, but a replay buffer that came along stands for the warm-up
+        # Continued training counts steps from 0, but transitions in a loaded replay buffer replace the warm-up
         assert model.replay_buffer is not None
         learning_starts = model.learning_starts
         model.learning_starts = max(learning_starts - model.replay_buffer.size(), 0)
@@ -187,11 +187,11 @@ class MRQExperimentManager(ExperimentManager):
     def _learn(self, model: MRQ, learner: Any) -> None:
         """
         :param model: the model
-        :param learner: the same, or what stands in for it
+        :param learner: the model or its wrapper
         """
         try:
             super().learn(learner)
         except ConnectionError:
-            # From closing environments whose processes Ctrl-C has ended too
+            # Raised when closing environments whose processes were ended by Ctrl-C
             if not model.is_stopping:
                 raise

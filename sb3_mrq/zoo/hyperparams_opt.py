@@ -1,5 +1,5 @@
 """
-Search space of MR.Q's hyperparameters, for rl-zoo3's ``-optimize``.
+Search space of MR.Q's hyperparameters for rl-zoo3's ``-optimize``.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ def sample_mrq_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     """
     Sampler for MR.Q hyperparams.
 
-    :param trial: the trial to draw them for
-    :param n_actions: unused, part of rl-zoo3's signature as the next two are
-    :param n_envs: unused
-    :param additional_args: unused
-    :return: hyperparameters as :class:`~sb3_mrq.MRQ` takes them
+    :param trial: the trial
+    :param n_actions: unused, required by rl-zoo3
+    :param n_envs: unused, required by rl-zoo3
+    :param additional_args: unused, required by rl-zoo3
+    :return: arguments of :class:`~sb3_mrq.MRQ`
     """
     one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True)
     # From 2**6=64 to 2**9=512
@@ -42,8 +42,8 @@ def sample_mrq_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
 
 def convert_mrq_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: hyperparameters as they are sampled, and kept in a study
-    :return: hyperparameters as :class:`~sb3_mrq.MRQ` takes them
+    :param sampled_params: sampled hyperparameters, as stored in a study
+    :return: arguments of :class:`~sb3_mrq.MRQ`
     """
     hyperparams = sampled_params.copy()
     hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")

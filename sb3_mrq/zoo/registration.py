@@ -1,5 +1,5 @@
 """
-What makes ``mrq`` an algorithm of rl-zoo3, which has no hook for that.
+Registration of ``mrq`` as an algorithm of rl-zoo3, which has no hook for it.
 """
 
 import sys
@@ -17,13 +17,13 @@ ALGO = "mrq"
 
 def register() -> None:
     """
-    Make MRQ the algorithm ``mrq`` of rl-zoo3: its class, its default configuration, its hyperparameter search, and the
-    benchmark tasks of :mod:`sb3_mrq.envs`. The other algorithms stay as they are. Doing it again changes nothing.
+    Register MRQ as the algorithm ``mrq`` of rl-zoo3: class, default configuration, hyperparameter search, and the benchmark
+    tasks of :mod:`sb3_mrq.envs`. Other algorithms are not affected, and repeated calls have no effect.
     """
     ALGOS[ALGO] = MRQ
     HYPERPARAMS_SAMPLER[ALGO] = sample_mrq_params
     HYPERPARAMS_CONVERTER[ALGO] = convert_mrq_params
-    # The scripts of rl-zoo3 import the class by name; some may have done so already
+    # Scripts of rl-zoo3 that are already imported hold the class by name
     for name, module in list(sys.modules.items()):
         if name.startswith("rl_zoo3.") and hasattr(module, "ExperimentManager"):
             module.ExperimentManager = MRQExperimentManager  # type: ignore[attr-defined]

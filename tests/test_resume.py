@@ -273,7 +273,7 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
     model.learn(total, callback=[evaluation, checkpoints] if first else [checkpoints, evaluation])
     assert evaluation.finished
     assert checkpoints.stopped_by == signal.SIGTERM and model.num_timesteps == model.replay_buffer.size()
-    assert [c.num_timesteps for c in list_checkpoints(folder)] == [model.num_timesteps]
+    assert list_checkpoints(folder)[0].num_timesteps == model.num_timesteps
     return model
 
 

@@ -32,6 +32,8 @@ def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.envir
     """Run a script in a folder; its result, whatever that is. In a real process where a fork will not do."""
     command = [sys.executable, *command, *map(str, arguments)]
     environment = {**environment, **variables}
+    if "PYTHONPATH" in variables and "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     if fork:
         return fork_server.run(command, kind="zoo", cwd=folder, env=environment)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)

@@ -47,9 +47,9 @@ lint: setup
 type: setup
 	$(python) -m mypy
 
-# Two workers share two cores, hence one thread each. A file stays on one worker, with what its tests share.
+# Two workers share two cores, hence one thread each. tests/conftest.py says which tests stay on one worker.
 pytest: setup
-	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadgroup --durations=30
 
 test-oldest: $(oldest_stamp)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(oldest_tests)

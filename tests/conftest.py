@@ -5,6 +5,7 @@ Several workers share the tests by what these share.
 """
 
 import os
+import re
 import sys
 
 import pytest
@@ -21,35 +22,30 @@ else:
     settings.register_profile("random", print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Files whose tests go to any worker one by one, but for those with one of these fixtures, which takes long to set up.
-# The tests of any other file stay together.
+# Tests that share nothing with others go to any worker one by one, for ``--dist loadscope``: their files, and how their names
+# begin there. All other tests of a file stay together.
 APART = {
-    "test_compare_example": [],
-    "test_docs": ["site"],
-    "test_envs_rendering": [],
-    "test_examples": [],
-    "test_fast": [],
-    "test_readme": ["folder"],
-    "test_study": [],
-    "test_zoo_scripts": ["env_id", "visual"],
+    "test_compare_example.py": "",
+    "test_docs.py": "test_code_runs",
+    "test_envs_rendering.py": "",
+    "test_examples.py": "",
+    "test_fast.py": "(?!test_500_updates)",
+    "test_readme.py": "test_(snippets|extras|links)",
+    "test_study.py": "",
+    "test_zoo_scripts.py": "test_(?!subproc|record_training|benchmark)",
 }
 
 
-def group_of(item):
-    """What a test stays together with, None if with nothing."""
-    file = item.path.stem
-    if file not in APART:
-        return file
-    for name in APART[file]:
-        if name in item.fixturenames:
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            return f"{file}-{parameters.get(name, name)}"
-    return None
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
 
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, name = nodeid.partition("::")
+            pattern = APART.get(path.rpartition("/")[2])
+            return path if pattern is None or not re.match(pattern, name) else nodeid
 
-def pytest_collection_modifyitems(items):
-    """For ``--dist loadgroup``."""
-    for item in items:
-        group = group_of(item)
-        if group is not None and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
+    return Scheduling(config, log)

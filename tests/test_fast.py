@@ -147,7 +147,6 @@ def trained_plainly(actions):
     return agent[0], train(*agent, 500)
 
 
-@pytest.mark.xdist_group("500 updates")  # those of eager float32 are made once
 @pytest.mark.parametrize(
     "actions, precision, compiled",
     [

@@ -1,4 +1,4 @@
-# make test                                            everything that is checked, in 20 to 40 minutes on two cores
+# make test                                            everything that is checked, in about ten minutes on two cores
 # make test-oldest                                     the package itself on the oldest versions that it supports
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
 # make docs                                            builds the documentation site into build/docs
@@ -47,9 +47,9 @@ lint: setup
 type: setup
 	$(python) -m mypy
 
-# Two workers share two cores, hence one thread each. A file stays on one worker, with what its tests share.
+# Two workers share two cores, hence one thread each. tests/conftest.py says which tests stay on one worker.
 pytest: setup
-	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist loadscope --durations=30
 
 test-oldest: $(oldest_stamp)
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(oldest_tests)

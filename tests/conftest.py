@@ -1,10 +1,14 @@
 """
 MuJoCo renders without a display in the tests, also where they are not started by the Makefile. Hypothesis
 generates the same cases each time, so that a change fails for what it changes; HYPOTHESIS_PROFILE=random looks for new ones.
+Several workers share the tests by what these share.
 """
 
 import os
+import re
 import sys
+
+import pytest
 
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
@@ -17,3 +21,31 @@ else:
     settings.register_profile("repeatable", derandomize=True)
     settings.register_profile("random", print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Tests that share nothing with others go to any worker one by one, for ``--dist loadscope``: their files, and how their names
+# begin there. All other tests of a file stay together.
+APART = {
+    "test_compare_example.py": "",
+    "test_docs.py": "test_code_runs",
+    "test_envs_rendering.py": "",
+    "test_examples.py": "",
+    "test_fast.py": "(?!test_500_updates)",
+    "test_readme.py": "test_(snippets|extras|links)",
+    "test_study.py": "",
+    "test_zoo_scripts.py": "test_(?!subproc|record_training|benchmark)",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, name = nodeid.partition("::")
+            pattern = APART.get(path.rpartition("/")[2])
+            return path if pattern is None or not re.match(pattern, name) else nodeid
+
+    return Scheduling(config, log)

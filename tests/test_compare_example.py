@@ -3,12 +3,11 @@ The example that compares algorithms trains them all alike, notes every evaluati
 """
 
 import csv
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from envs import VECTOR, SpaceEnv, note_deterministic, tiny_model
 from gymnasium import spaces
@@ -23,9 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare.py"
 )
 def test_compare(env_id, algorithms, tmp_path):
     arguments = f"--env {env_id} --steps 45 --seeds 2 --eval-freq 20 --eval-episodes 1 --threads 1 --out {tmp_path}"
-    process = subprocess.run(
-        [sys.executable, SCRIPT, *arguments.split()], capture_output=True, text=True, timeout=300, env=dict(os.environ)
-    )
+    process = fork_server.run([sys.executable, SCRIPT, *arguments.split()], timeout=300)
     assert process.returncode == 0, process.stderr
     rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [(row["algorithm"], row["seed"], row["step"]) for row in rows] == [

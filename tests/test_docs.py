@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urljoin, urlsplit
 
+import fork_server
 import gymnasium as gym
 import pytest
 from stable_baselines3 import DQN, SAC, TD3
@@ -142,9 +143,7 @@ def run_code(page: Path, folder: Path) -> None:
     script = folder / "page.py"
     script.write_text(SHORTEN + "\n".join(code_of(page)), "utf-8")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path}
-    )
+    result = fork_server.run([sys.executable, str(script)], cwd=folder, env=os.environ | {"PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
 
 

@@ -5,10 +5,10 @@ Every example runs, with few steps, and ends by saying what it says at its end; 
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -42,14 +42,7 @@ def run(name, folder, steps, *arguments):
         "MRQ.__init__.__defaults__ = tuple(5 if d == 250 else d for d in MRQ.__init__.__defaults__); "
         f"sys.argv = {[name, *arguments]!r}; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"EXAMPLE_STEPS": str(steps)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return fork_server.run([sys.executable, "-c", code], cwd=folder, env=os.environ | {"EXAMPLE_STEPS": str(steps)})
 
 
 @pytest.mark.parametrize("name", LAST_WORDS)

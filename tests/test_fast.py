@@ -52,6 +52,18 @@ def fresh_compiler():
     counters.clear()
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Functions are traced and guarded as ever, but not translated, which takes long and needs a compiler."""
+    monkeypatch.setattr(th, "compile", partial(th.compile, backend="eager"))
+
+
+@pytest.fixture
+def differentiated(monkeypatch):
+    """As ``traced``, with the graphs of the backward passes too. Only the translation to C++ is left out."""
+    monkeypatch.setattr(th, "compile", partial(th.compile, backend="aot_eager"))
+
+
 def make(actions, seed=0, policy_class=None, **kwargs):
     th.manual_seed(seed)
     observations = spaces.Box(-np.inf, np.inf, (OBS_DIM,))
@@ -135,14 +147,24 @@ def trained_plainly(actions):
     return agent[0], train(*agent, 500)
 
 
-@needs_compiler
-@pytest.mark.parametrize("actions", ACTION_SPACES)
-@pytest.mark.parametrize("precision, compiled", [("float32", True), ("bfloat16", False), ("bfloat16", True)])
-def test_500_updates(actions, precision, compiled):
+@pytest.mark.parametrize(
+    "actions, precision, compiled",
+    [
+        *((actions, "bfloat16", "") for actions in ACTION_SPACES),
+        # Translated once for each precision and each kind of actions
+        pytest.param("discrete", "float32", "inductor", marks=needs_compiler),
+        pytest.param("box", "bfloat16", "inductor", marks=needs_compiler),
+        ("box", "float32", "aot_eager"),
+        ("discrete", "bfloat16", "aot_eager"),
+    ],
+)
+def test_500_updates(monkeypatch, actions, precision, compiled):
     """Compared with eager float32."""
+    if compiled:
+        monkeypatch.setattr(th, "compile", partial(th.compile, backend=compiled))
     bfloat16 = precision == "bfloat16"
     plain, expected = trained_plainly(actions)
-    agent = make(actions, precision=precision, compiled=compiled)
+    agent = make(actions, precision=precision, compiled=bool(compiled))
     start = weights(agent[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The updates could not be compiled")
@@ -185,7 +207,7 @@ def test_values_are_not_rounded():
     th.testing.assert_close(q, expected, rtol=0, atol=0.05)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("differentiated")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_weights_set_from_outside(precision):
     """``load_state_dict`` of networks and optimisers counts at once, compiled code keeps nothing of the old ones."""
@@ -202,12 +224,6 @@ def test_weights_set_from_outside(precision):
     train(*fast, 20)
     train(*other, 20)
     assert distance(policy, copy, start) < (0.3 if precision == "bfloat16" else 1e-4)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Functions are traced and guarded as ever, but not translated, which takes long and needs a compiler."""
-    monkeypatch.setattr(th, "compile", partial(th.compile, backend="eager"))
 
 
 @pytest.mark.usefixtures("traced")
@@ -349,7 +365,7 @@ def test_frozen_encoder():
     assert not th.equal(weights(policy), start)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("differentiated")
 def test_no_gradient_of_fixed_weights():
     """The policy loss leaves nothing in the encoder and the heads, compiled or not."""
     for compiled in (False, True):
@@ -539,7 +555,7 @@ class TestModel:
         assert len(seen) == 2 * 250 + 2 * 2 and set(seen) == {"high"}
         assert th.get_float32_matmul_precision() == "highest"
 
-    @needs_compiler
+    @pytest.mark.usefixtures("differentiated")
     def test_automatic_choice(self, monkeypatch):
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
@@ -558,7 +574,7 @@ class TestModel:
         model.learn(30)
         assert not model.updates.compiled
 
-    @needs_compiler
+    @pytest.mark.usefixtures("differentiated")
     def test_automatic_choice_stays(self, monkeypatch):
         """What is compiled stays so in a short call of ``learn`` that follows."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
@@ -568,7 +584,7 @@ class TestModel:
         model.learn(5, reset_num_timesteps=False)
         assert model.learner._value_loss.compiled is compiled is not None
 
-    @needs_compiler
+    @pytest.mark.usefixtures("differentiated")
     def test_automatic_choice_in_short_calls(self, monkeypatch, tmp_path):
         """Many short calls of ``learn`` that continue each other are a long run, after loading, too."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
@@ -599,7 +615,7 @@ class TestModel:
             model.learn(30, reset_num_timesteps=False)
         assert not model.updates.compiled
 
-    @needs_compiler
+    @pytest.mark.usefixtures("differentiated")
     @pytest.mark.parametrize("compiled", [False, True])
     def test_hyperparameters_set_from_outside(self, tmp_path, compiled):
         """As in TD3, what is set on a model counts from the next training step on."""
@@ -625,7 +641,7 @@ class TestModel:
         assert distance(model, loaded, start) < 1e-3
         assert distance(unchanged, loaded, start) > 0.1
 
-    @needs_compiler
+    @pytest.mark.usefixtures("differentiated")
     def test_save_one_way_load_the_other(self, tmp_path):
         model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=True, precision="bfloat16", **SMALL)
         model.learn(40)

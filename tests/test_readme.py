@@ -5,11 +5,13 @@ take long are shortened: functions of the shell stand in for the commands and ad
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
+import fork_server
 import matplotlib.image
 import pytest
 from test_docs import code_of, run_code
@@ -39,7 +41,12 @@ sb3-mrq() {{
         enjoy*|record_video*) more="-n 20" ;;
         diagnose*) more="-n 2" ;;
     esac
-    command sb3-mrq "$@" $more
+    case "$*" in
+        # The installed command itself
+        train*" --algo mrq "*" --seed 1 "*) command sb3-mrq "$@" $more ;;
+        # What it does, in a fork of a process that has imported torch
+        *) $FORK_ZOO "$PYTHON" "$(type -P sb3-mrq)" "$@" $more ;;
+    esac
 }}
 python() {{
     local more=
@@ -48,7 +55,10 @@ python() {{
         *benchmarks.study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS}
                        --eval-episodes 1 --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
     esac
-    command python "$@" $more
+    case "$*" in
+        *compare.py*) $FORK_SCRIPTS "$PYTHON" "$@" $more ;;
+        *) command python "$@" $more ;;
+    esac
 }}
 make() {{
     # Everything is set up already; and a task with short episodes
@@ -96,6 +106,8 @@ def test_commands(number, folder):
     environment = os.environ | {
         "PATH": os.pathsep.join([scripts, os.environ["PATH"]]),
         "PYTHON": sys.executable,
+        "FORK_ZOO": shlex.join(fork_server.shell_command("zoo")),
+        "FORK_SCRIPTS": shlex.join(fork_server.shell_command("scripts")),
         "MPLBACKEND": "agg",
         "SDL_VIDEODRIVER": "dummy",
     }

@@ -13,7 +13,9 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import fork_server
 import numpy as np
 import pytest
 import torch as th
@@ -143,6 +145,7 @@ class TestStudy:
         assert (tmp_path / "runs" / "study-dmc" / "results.csv").exists()
         assert study.parse(["--tasks", "Pendulum-v1", "--steps", "9"])[0].out == Path("runs/study")
 
+    @pytest.mark.usefixtures("forked")
     def test_from_beginning_to_end(self, tmp_path, capsys):
         arguments = ["--tasks", "Pendulum-v1", "--algos", "mrq-1-step,sac,dqn", *TINY, "--out", str(tmp_path)]
         with pytest.raises(SystemExit) as error:
@@ -176,6 +179,7 @@ class TestStudy:
         assert record.stat().st_mtime_ns > before[0] and (folder / "run.json").stat().st_mtime_ns == before[1]
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
+    @pytest.mark.usefixtures("forked")
     def test_goes_on_where_it_was_broken_off(self, tmp_path, monkeypatch):
         """A run of MRQ that is killed goes on from its last checkpoint, and its evaluations do too."""
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
@@ -198,6 +202,7 @@ class TestStudy:
         assert "Resuming from the checkpoint" in (run.folder / "log.txt").read_text()
         assert not run.can_resume()
 
+    @pytest.mark.usefixtures("forked")
     def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
@@ -330,6 +335,19 @@ class TestStudy:
         ]
         assert shares == [0.5, 0.5, 0.5, 0, 0]
         assert study.gpu_share("cuda", False) == 0.5  # of a cluster that grows where it is needed
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Studies of this process start their runs as forks, see fork_server.py."""
+
+    def start(command, *, env, **kwargs):
+        # The parent of a fork is another process, whose end it would take for that of the study
+        env = {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
+        return fork_server.Popen(command, env=env, kind="zoo", **kwargs)
+
+    if fork_server.ENABLED:
+        monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
 
 
 def wait_for(condition, seconds=60):

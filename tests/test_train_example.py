@@ -5,10 +5,10 @@ The training script leaves everything that it promises.
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import imageio_ffmpeg
 import numpy as np
 import pandas as pd
@@ -22,9 +22,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 
 
 def train(folder: Path, env_id: str, steps: int, **environment: str) -> str:
-    """Run the script in a process of its own, with evaluations and all, and return what it prints."""
+    """Run the script with evaluations and all, and return what it prints. tests/test_readme.py starts it as a user does."""
     command = [sys.executable, str(SCRIPT), "--env", env_id, "--steps", str(steps), "--seed", "3", "--out", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=os.environ | environment)
+    result = fork_server.run(command, cwd=folder.parent, env=os.environ | environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -1,5 +1,5 @@
 """
-rl-zoo3's scripts through the command line, each in a process of its own, as a user starts them.
+rl-zoo3's scripts through the command line, each in a process of its own. Most are forks, see fork_server.py.
 """
 
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import imageio_ffmpeg
 import numpy as np
 import pandas as pd
@@ -27,16 +28,15 @@ SMALL = [
 FAST = ["--num-threads", "1", "--device", "cpu"]
 
 
-def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.environ, **variables):
-    """Run a script in a folder; its result, whatever that is."""
-    return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        cwd=folder,
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.environ, fork=True, **variables):
+    """Run a script in a folder; its result, whatever that is. In a real process where a fork will not do."""
+    command = [sys.executable, *command, *map(str, arguments)]
+    environment = {**environment, **variables}
+    if "PYTHONPATH" in variables and "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    if fork:
+        return fork_server.run(command, kind="zoo", cwd=folder, env=environment)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def zoo(folder, *arguments, **environment):
@@ -221,7 +221,7 @@ def test_watching_atari_takes_little_memory(tmp_path):
     arguments = ["--algo", "mrq", "--env", "ALE/Pong-v5", *FAST]
     zoo(tmp_path, "train", *arguments, "-n", 20, "--eval-freq", -1)
     command = ("-c", "from sb3_mrq.zoo.cli import main; main(); print(open('/proc/self/status').read())")
-    output = zoo(tmp_path, "enjoy", *arguments, "-f", "logs", "--no-render", "-n", 200, command=command)
+    output = zoo(tmp_path, "enjoy", *arguments, "-f", "logs", "--no-render", "-n", 200, command=command, fork=False)
     peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", output)[1])
     assert peak_kb * 1024 < 1e9
 
@@ -256,28 +256,30 @@ def without(folder, *modules):
 
 def test_without_rl_zoo3(tmp_path):
     environment = without(tmp_path, "rl_zoo3")
-    assert call(tmp_path, command=("-c", "import sb3_mrq"), **environment).returncode == 0
-    result = call(tmp_path, "train", **environment)
+    assert call(tmp_path, command=("-c", "import sb3_mrq"), fork=False, **environment).returncode == 0
+    result = call(tmp_path, "train", fork=False, **environment)
     assert result.returncode != 0
     assert 'pip install "sb3-mrq[zoo]"' in result.stderr.splitlines()[-1]
 
 
 def test_without_what_plots_need(tmp_path):
-    result = call(tmp_path, "plot_train", "-a", "mrq", "-e", "Pendulum-v1", "-f", "logs", **without(tmp_path, "seaborn"))
+    arguments = ["-a", "mrq", "-e", "Pendulum-v1", "-f", "logs"]
+    result = call(tmp_path, "plot_train", *arguments, fork=False, **without(tmp_path, "seaborn"))
     assert result.stderr.splitlines()[-1] == (
         'sb3-mrq plot_train: error: seaborn is not installed. Install it with: pip install "sb3-mrq[zoo]"'
     )
 
 
 def test_atari_without_ale_py(tmp_path):
-    result = call(tmp_path, "train", "--algo", "mrq", "--env", "ALE/Pong-v5", "-n", "10", **without(tmp_path, "ale_py"))
+    arguments = ["--algo", "mrq", "--env", "ALE/Pong-v5", "-n", "10"]
+    result = call(tmp_path, "train", *arguments, fork=False, **without(tmp_path, "ale_py"))
     assert result.returncode != 0
     assert 'pip install "sb3-mrq[atari]"' in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
 def test_usage(tmp_path):
-    result = call(tmp_path, "--help")
+    result = call(tmp_path, "--help", fork=False)
     assert result.returncode == 0
     for script in ("train", "enjoy", "record_video", "record_training", "plot_train", "all_plots", "plot_from_file"):
         assert script in result.stdout

@@ -266,10 +266,18 @@ class MRQ(ResumableOffPolicyAlgorithm):
         """rbar, mean absolute reward of the buffer when the targets were last replaced: the unit of the values."""
         return self.critic.reward_scale.item()
 
+    @reward_scale.setter
+    def reward_scale(self, value: float) -> None:
+        self.critic.reward_scale.fill_(value)
+
     @property
     def target_reward_scale(self) -> float:
         """rbar', the reward scale that the target networks were trained under."""
         return self.critic_target.reward_scale.item()
+
+    @target_reward_scale.setter
+    def target_reward_scale(self, value: float) -> None:
+        self.critic_target.reward_scale.fill_(value)
 
     def learn(
         self: SelfMRQ,

@@ -25,7 +25,7 @@ def numbers(figures):
 
 def test_speed(tmp_path, capsys, monkeypatch):
     # Compiling takes longer than everything else, and has tests of its own
-    monkeypatch.setattr("sb3_mrq.learner.CompiledFunction", lambda function, *_: function)
+    monkeypatch.setattr("sb3_mrq.accelerate.updates.CompiledFunction", lambda function, *_: function)
     out = tmp_path / "speed.json"
     # and so does training with the default intervals
     monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5))

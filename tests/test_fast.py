@@ -20,7 +20,7 @@ import pytest
 import torch as th
 import torch._dynamo
 from gymnasium import spaces
-from helpers import NETWORKS, make_learner, make_policy
+from helpers import NETWORKS, make_learner, make_policy, set_scales, update_encoder, update_value_and_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from torch import nn
 from torch._dynamo.utils import counters
@@ -102,8 +102,7 @@ def step(policy, learner, generator, lr, images=False):
     rewards = th.stack([o.flatten(1)[:, 0] for o in obs[1:]], dim=1)
     if images:
         obs = [(255 * o).byte() for o in obs]
-    one = th.ones(())
-    encoder = learner.update_encoder(obs[0], obs[1:], actions, rewards, terminated, mask, one)
+    encoder = update_encoder(learner, th.stack(obs, dim=1), actions, rewards, terminated, mask)
     noise = type(learner.sample_noise(1))(
         randn(BATCH, dim),
         *(
@@ -114,10 +113,11 @@ def step(policy, learner, generator, lr, images=False):
         ),
     )
     n = slice(0, 3)
-    _, value = learner.update_value_and_policy(
-        obs[0], actions[:, 0], rewards[:, n], terminated[:, n], mask[:, n], obs[3], 0.5 * one, 0.4 * one, noise
+    set_scales(policy, 0.5, 0.4)
+    _, value = update_value_and_policy(
+        learner, obs[0], actions[:, 0], rewards[:, n], terminated[:, n], mask[:, n], obs[3], noise
     )
-    return [float(x) for x in (*encoder, *value)]
+    return [float(x) for x in (*vars(encoder).values(), *vars(value).values())]
 
 
 def train(policy, learner, steps, replace_every=50, **kwargs):
@@ -526,7 +526,7 @@ class TestModel:
 
     @pytest.mark.parametrize("fast", [True, False])
     def test_bfloat16_without_instructions_for_it(self, monkeypatch, fast):
-        monkeypatch.setattr("sb3_mrq.mrq.bfloat16_is_fast", lambda device: fast)
+        monkeypatch.setattr("sb3_mrq.hyperparameters.bfloat16_is_fast", lambda device: fast)
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", **SMALL)
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")

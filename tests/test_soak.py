@@ -102,8 +102,7 @@ class Meter(BaseCallback):
             self.wraps.append(self.times_around)
             before = time.process_time()
             for _ in range(100):
-                self.other._update_value_and_policy(self.batch)
-            self.other._value_policy_metrics.clear()
+                self.other.learner.update_value_and_policy(self.batch)
             self.start = time.process_time()
             self.yardstick.append(self.start - before)
         return True

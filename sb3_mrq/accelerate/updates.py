@@ -281,7 +281,7 @@ class Updates:
         if self._copy is None and not th.isfinite(priorities).all():
             raise DivergedError("TD errors are not finite")
         assert samples.indices is not None
-        (self._copy or self.replay_buffer).update_priorities(samples.indices, priorities)  # type: ignore[arg-type]
+        (self._copy or self.replay_buffer).update_priorities(samples.indices, priorities)
         self.value_policy_metrics.add(metrics)
 
     def sample_n_step(self) -> Any:

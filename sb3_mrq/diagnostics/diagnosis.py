@@ -350,11 +350,8 @@ class _Networks:
         :return: action vectors of the policy, (N, A)
         """
         actions = self.policy.actions
-        parts = [
-            actions.encode(actions.decode(actions.activation(self.policy.actor(z)))).cpu().numpy()
-            for (z,) in self._chunks(z_s)
-        ]
-        return np.concatenate(parts)
+        chosen = [actions.decode(actions.activation(self.policy.actor(z))) for (z,) in self._chunks(z_s)]
+        return np.concatenate([actions.encode(stored).cpu().numpy() for stored in chosen])
 
     def predict(self, z_s: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """

@@ -369,7 +369,7 @@ def _resume_from(
         vec_normalize.__dict__.update({name: value for name, value in vars(statistics).items() if name not in own})
         # The statistics already count the observation that the reset gives
         vec_normalize.training = False
-    model._last_obs = model.env.reset()  # type: ignore[assignment]
+    model._last_obs = model.env.reset()
     model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
     if vec_normalize is not None:
         vec_normalize.training = training

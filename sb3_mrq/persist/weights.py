@@ -87,7 +87,8 @@ def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
                 f"The weights in {path} are for another architecture: {name} has the shape {shape}, not {expected}. Give the "
                 "model the policy and policy_kwargs with which they were trained."
             )
-    model.set_parameters({"policy": weights}, exact_match=False)
+    parameters: dict[str, Any] = {"policy": weights}
+    model.set_parameters(parameters, exact_match=False)
 
 
 def take_over_reward_scales(model: Any) -> None:
@@ -111,7 +112,7 @@ def with_reward_scales(model: Any, given: str | dict[str, Any], device: th.devic
     parameters: dict[str, Any] = dict(given)
     scales = parameters.pop("reward_scales", {})
     if "policy" in parameters:
-        present = {key: model.policy.get_buffer(key) for key in REWARD_SCALES.values()}
+        present: dict[str, Any] = {key: model.policy.get_buffer(key) for key in REWARD_SCALES.values()}
         present |= {key: th.tensor(float(scales[name])) for name, key in REWARD_SCALES.items() if name in scales}
         parameters["policy"] = present | parameters["policy"]
     return parameters

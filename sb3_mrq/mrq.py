@@ -8,7 +8,6 @@ from typing import Any, ClassVar, TypeVar
 import gymnasium as gym
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -122,8 +121,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
-    # Steps from which compilation is worth while. At default sizes it took 5 to 74 seconds and saved 12 to 54 ms of a step; at
-    # smaller ones it saves less.
+    # Steps from which compilation is worth while: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms of a step
     COMPILE_FROM = 10_000
 
     def __init__(
@@ -302,27 +300,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self.updates.compile_on_a_cpu()
         return super()._setup_learn(total_timesteps, *args, **kwargs)
 
-    def _sample_action(
-        self,
-        learning_starts: int,
-        action_noise: ActionNoise | None = None,
-        n_envs: int = 1,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if self.num_timesteps < learning_starts:
-            # Warmup phase
-            action = np.array([self.action_space.sample() for _ in range(n_envs)])
-            return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action
-
-        assert self._last_obs is not None, "self._last_obs was not set"
-        buffer_action = self.updates.act(self._last_obs, 0.0 if action_noise is not None else self.exploration_noise)
-        buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
-        if not isinstance(self.action_space, spaces.Box):
-            buffer_action = buffer_action.astype(self.action_space.dtype)
-            return buffer_action, buffer_action
-        if action_noise is not None:
-            noise = np.reshape(action_noise(), buffer_action.shape)
-            buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
-        return self.policy.unscale_action(buffer_action), buffer_action
+    def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
+        return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -363,8 +342,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def _training_step(self) -> bool:
         """
-        One training step.
-
         :return: False if a signal interrupted the encoder burst, which the next call resumes
         """
         # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
@@ -386,9 +363,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return True
 
     def _replace_targets(self) -> None:
-        """
-        Replace all target networks and renew the reward scale; the targets keep the scale they were trained under.
-        """
+        """Replace all target networks and renew the reward scale; the targets keep the scale they were trained under."""
         assert self.replay_buffer is not None
         self.learner.replace_targets()
         if not self.reward_scaling:
@@ -399,10 +374,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self.critic.reward_scale.fill_(max(mean, 1e-8))
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """
-        :param metrics: what to log, by name
-        :raises DivergedError: if one is not finite
-        """
+        """Log metrics, unless one is not finite."""
         if not np.isfinite(list(metrics.values())).all():
             raise DivergedError(f"means of the last updates are {metrics}")
         for name, value in metrics.items():
@@ -422,9 +394,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self._record(means | {"actor_grad_norm": grad_norm(self.actor).item()})
 
     def dump_logs(self) -> None:
-        """
-        Write log data, that of the last updates included.
-        """
+        """Write log data, that of the last updates included."""
         self._log_value_and_policy()
         super().dump_logs()
 
@@ -452,9 +422,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def get_parameters(self) -> dict[str, dict]:
         """
-        Return the parameters of the agent. This includes parameters from different networks.
-
-        :return: Mapping of from names of the objects to PyTorch state-dicts.
+        :return: Mapping from names of the objects, policy and optimizers, to PyTorch state-dicts.
         """
         parameters = super().get_parameters()
         for name in self._get_torch_save_params()[0]:

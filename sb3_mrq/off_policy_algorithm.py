@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger
@@ -197,6 +199,35 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
                 # not from an observation that is past.
                 self._last_obs = None
         return rollout
+
+    def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
+        """
+        The action of the policy in a rollout.
+
+        :param obs: of all environments, (n_envs, ...) or a dict of these
+        :param with_noise: whether to add the algorithm's own exploration noise
+        :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
+        """
+        raise NotImplementedError
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts:
+            # Warmup phase
+            action = np.array([self.action_space.sample() for _ in range(n_envs)])
+            return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action
+
+        assert self._last_obs is not None, "self._last_obs was not set"
+        buffer_action = self._explore(self._last_obs, with_noise=action_noise is None)
+        buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
+        if not isinstance(self.action_space, spaces.Box):
+            buffer_action = buffer_action.astype(self.action_space.dtype)
+            return buffer_action, buffer_action
+        if action_noise is not None:
+            noise = np.reshape(action_noise(), buffer_action.shape)
+            buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
+        return self.policy.unscale_action(buffer_action), buffer_action
 
     # What environments give
 

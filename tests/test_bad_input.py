@@ -321,7 +321,7 @@ def test_final_observation_of_one_number():
 def test_too_little_memory_is_told(monkeypatch):
     buffer = SubtrajectoryReplayBuffer(10_000, VECTOR, BOX)
     psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr("sb3_mrq.buffers.replay_buffer.psutil", psutil)
+    monkeypatch.setattr("sb3_mrq.buffers.storage.psutil", psutil)
     obs = np.zeros((1, 3), dtype=np.float32)
     with pytest.warns(UserWarning, match=r"enough memory to store the complete replay buffer 0\.00GB > 0\.00GB"):
         buffer.add(obs, obs, np.zeros((1, 2)), np.zeros(1), np.zeros(1, dtype=bool), [{}])

@@ -2,7 +2,8 @@
 The replay buffer of MR.Q: segments of episodes, sampled by priority.
 """
 
-from sb3_mrq.buffers.replay_buffer import BufferState, SubtrajectoryReplayBuffer
+from sb3_mrq.buffers.replay_buffer import SubtrajectoryReplayBuffer
 from sb3_mrq.buffers.samples import NStepSamples, SubtrajectorySamples
+from sb3_mrq.buffers.storage import BufferState
 
 __all__ = ["BufferState", "NStepSamples", "SubtrajectoryReplayBuffer", "SubtrajectorySamples"]

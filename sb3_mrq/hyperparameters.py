@@ -11,7 +11,6 @@ from typing import Any
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.persist.replay_files import other_buffer_error
 
@@ -145,13 +144,14 @@ def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
             raise other_buffer_error(name, theirs, ours)
 
 
-def warn_of_settings(model: Any, last_step: int, reset_num_timesteps: bool) -> None:
+def warn_of_settings(model: Any, last_step: int, reset_num_timesteps: bool, bfloat16_is_fast: bool) -> None:
     """
     Warn of settings that are allowed, but hardly meant.
 
     :param model: an ``MRQ``
     :param last_step: of the training that is about to begin
     :param reset_num_timesteps: whether its steps are counted from 0
+    :param bfloat16_is_fast: whether the device has instructions for bfloat16
     """
     warn = partial(warnings.warn, stacklevel=6)
     if last_step <= model.learning_starts:
@@ -165,7 +165,7 @@ def warn_of_settings(model: Any, last_step: int, reset_num_timesteps: bool) -> N
             f"The first {model.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
             "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0."
         )
-    if model.precision == "bfloat16" and not bfloat16_is_fast(model.device):
+    if model.precision == "bfloat16" and not bfloat16_is_fast:
         warn(
             f"precision='bfloat16' makes training many times slower here, as this device ({model.device}) has no "
             "instructions for it. Leave precision out, or set it to 'float32'."

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_mrq.accelerate.precision import automatic_precision
+from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.checks import DivergedError
@@ -295,7 +295,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.replay_buffer.check_size()
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
-        warn_of_settings(self, last_step, reset_num_timesteps)
+        warn_of_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
         if self.compile_updates == "auto" and last_step - self.learning_starts >= self.COMPILE_FROM:
             self.updates.compile_on_a_cpu()
         return super()._setup_learn(total_timesteps, *args, **kwargs)

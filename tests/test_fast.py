@@ -526,7 +526,7 @@ class TestModel:
 
     @pytest.mark.parametrize("fast", [True, False])
     def test_bfloat16_without_instructions_for_it(self, monkeypatch, fast):
-        monkeypatch.setattr("sb3_mrq.hyperparameters.bfloat16_is_fast", lambda device: fast)
+        monkeypatch.setattr("sb3_mrq.mrq.bfloat16_is_fast", lambda device: fast)
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="bfloat16", **SMALL)
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")

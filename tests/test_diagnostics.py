@@ -25,10 +25,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTrans
 from torch import nn
 
 from sb3_mrq.diagnostics import DiagnosticsCallback, diagnose, measures
-from sb3_mrq.diagnostics.diagnosis import DORMANT_SHARE
 from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
 from sb3_mrq.diagnostics.figures import ITEMS
 from sb3_mrq.diagnostics.report import page
+from sb3_mrq.diagnostics.results import DORMANT_SHARE
 from sb3_mrq.losses import two_hot
 from sb3_mrq.zoo import cli
 

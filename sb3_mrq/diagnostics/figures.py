@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sb3_mrq.diagnostics import measures
-from sb3_mrq.diagnostics.diagnosis import DORMANT_SHARE, LOW_RANK, TAIL_WEIGHT, Diagnosis, EmbeddingHealth
+from sb3_mrq.diagnostics.results import DORMANT_SHARE, LOW_RANK, TAIL_WEIGHT, EmbeddingHealth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,11 +54,11 @@ class Item(NamedTuple):
 
     title: str
     reading: str
-    draw: Callable[[Diagnosis, Figure], None]
+    draw: Callable[[Any, Figure], None]
     size: tuple[float, float]
 
 
-def draw(diagnosis: Diagnosis) -> dict[str, Figure]:
+def draw(diagnosis: Any) -> dict[str, Figure]:
     """
     :param diagnosis: the diagnosis
     :return: a figure for each item, by name
@@ -121,7 +121,7 @@ def _steps_ahead(
     axes.set(title=title, xlabel="steps ahead", ylabel=label, xticks=np.arange(1, len(lines[0][0]) + 1))
 
 
-def _draw_model(diagnosis: Diagnosis, figure: Figure) -> None:
+def _draw_model(diagnosis: Any, figure: Figure) -> None:
     accuracy = diagnosis.model
     panels: Any = figure.subplots(1, 3)
     for axes, name, title in zip(
@@ -182,7 +182,7 @@ def _scatter(axes: Axes, x: np.ndarray, y: np.ndarray, colour: Any, **kwargs: An
     return drawn
 
 
-def _draw_probe(diagnosis: Diagnosis, figure: Figure) -> None:
+def _draw_probe(diagnosis: Any, figure: Figure) -> None:
     probe = diagnosis.probe
     panels: Any = figure.subplots(1, 2)
     for axes, r2, prediction, colour, name in (
@@ -229,7 +229,7 @@ def _draw_norms(axes: Axes, health: EmbeddingHealth) -> None:
     axes.set(xlabel="Euclidean norm", ylabel="states")
 
 
-def _draw_collapse(diagnosis: Diagnosis, figure: Figure) -> None:
+def _draw_collapse(diagnosis: Any, figure: Figure) -> None:
     panels: Any = figure.subplots(2, 3)
     for row, health in zip(panels, (diagnosis.z_s, diagnosis.z_sa), strict=True):
         for axes, panel in zip(row, (_draw_spectrum, _draw_units, _draw_norms), strict=True):
@@ -254,7 +254,7 @@ def _marks(path: np.ndarray, apart: float = 0.14) -> list[int]:
     return chosen
 
 
-def _draw_map(diagnosis: Diagnosis, figure: Figure) -> None:
+def _draw_map(diagnosis: Any, figure: Figure) -> None:
     from matplotlib.collections import LineCollection
 
     embedded = diagnosis.map
@@ -280,7 +280,7 @@ def _draw_map(diagnosis: Diagnosis, figure: Figure) -> None:
     axes.set_title(f"One episode of {last} steps, numbered in time; grey: all episodes")
 
 
-def _draw_returns(diagnosis: Diagnosis, figure: Figure) -> None:
+def _draw_returns(diagnosis: Any, figure: Figure) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     returns, unit = diagnosis.returns, diagnosis.reward_unit

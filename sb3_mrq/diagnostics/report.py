@@ -12,9 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sb3_mrq.diagnostics import diagnosis as limits
 from sb3_mrq.diagnostics import measures
-from sb3_mrq.diagnostics.diagnosis import Diagnosis
+from sb3_mrq.diagnostics import results as limits
 from sb3_mrq.diagnostics.figures import ITEMS
 
 _STYLE = """
@@ -75,7 +74,7 @@ def thresholds() -> dict[str, Any]:
     }
 
 
-def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
+def as_json(diagnosis: Any) -> dict[str, Any]:
     """
     :param diagnosis: the diagnosis
     :return: its numbers and flags in JSON types, None for undefined numbers
@@ -113,7 +112,7 @@ def _table(numbers: dict[str, float]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
+def page(diagnosis: Any, images: dict[str, bytes]) -> str:
     """
     :param diagnosis: the diagnosis
     :param images: the figures as PNG, by name
@@ -174,7 +173,7 @@ def page(diagnosis: Diagnosis, images: dict[str, bytes]) -> str:
 """
 
 
-def write(diagnosis: Diagnosis, folder: Path) -> Path:
+def write(diagnosis: Any, folder: Path) -> Path:
     """
     :param diagnosis: the diagnosis
     :param folder: output folder for figures, numbers and page, created if it does not exist

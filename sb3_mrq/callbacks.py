@@ -19,7 +19,7 @@ from sb3_mrq.persist.stopping import StopSignals
 class ResumableCheckpointCallback(BaseCallback):
     """
     Every so many steps, and where ``learn`` ends, write model, replay buffer, statistics of ``VecNormalize`` and random
-    generators as one unit, from which :meth:`sb3_mrq.MRQ.resume` continues.
+    generators as one unit, from which :meth:`sb3_mrq.mrq.MRQ.resume` continues.
 
     A checkpoint is a folder ``{name_prefix}_{number}_{num_timesteps}_steps``, which has its name only once it is complete and
     on the disk: whatever happens, the newest complete one is there. Where writing fails, training ends with a

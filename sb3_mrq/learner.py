@@ -27,6 +27,9 @@ from sb3_mrq.networks import Predictions
 from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import MRQPolicy
 
+# The functions that ``Learner.transform_losses`` chooses
+TRANSFORMED = ("_encoder_loss", "_value_target", "_value_loss", "_policy_loss")
+
 
 class Noise(NamedTuple):
     """
@@ -121,10 +124,19 @@ class Learner:
 
         :param transform: applied to each of the functions that compute them, for example to compile it
         """
+        # As named in TRANSFORMED
         self._encoder_loss = transform(self.encoder_loss)
         self._value_target = transform(self.value_target)
         self._value_loss = transform(self.value_loss)
         self._policy_loss = transform(self.policy_loss)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled functions work on the networks of the original, also in a copy
+        return {name: value for name, value in self.__dict__.items() if name not in TRANSFORMED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.transform_losses(lambda function: function)
 
     @property
     def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:

@@ -160,6 +160,11 @@ class Popen:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def __del__(self):
+        for stream in (getattr(self, "stdout", None), getattr(self, "stderr", None)):
+            if stream is not None:
+                stream.close()
+
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 

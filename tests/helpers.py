@@ -49,9 +49,13 @@ def make_learner(policy, compiled=False, preprocessed=True, **hyperparameters):
     if preprocessed:
         learner.prepare_observation = as_they_are
     if compiled:
-        learner.updates = Updates(learner, th.device("cpu"))
-        learner.updates.compile(True)
+        UPDATES[learner] = Updates(learner, th.device("cpu"))
+        UPDATES[learner].compile(True)
     return learner
+
+
+# Of compiled learners, that of each
+UPDATES = {}
 
 
 def as_they_are(obs):

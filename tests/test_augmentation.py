@@ -169,7 +169,7 @@ def test_training_shifts_every_image_of_a_batch_and_acting_none(policy, key, pad
         shifted.append((images.shape[:-3].numel(), pad))
         return augmentation.random_shift(images, pad)
 
-    with mock.patch("sb3_mrq.mrq.random_shift", note):
+    with mock.patch("sb3_mrq.learner.random_shift", note):
         model.learn(6)
         model.predict(model.env.reset())
         assert not shifted

@@ -20,7 +20,7 @@ import pytest
 import torch as th
 import torch._dynamo
 from gymnasium import spaces
-from helpers import NETWORKS, make_learner, make_policy, set_scales, update_encoder, update_value_and_policy
+from helpers import NETWORKS, UPDATES, make_learner, make_policy, set_scales, update_encoder, update_value_and_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from torch import nn
 from torch._dynamo.utils import counters
@@ -261,7 +261,7 @@ def test_compiling_anew_fails(monkeypatch):
     start = weights(policy)
     train(policy, learner, 1)
     train(expected, eager, 1)
-    assert learner.updates.compiled
+    assert UPDATES[learner].compiled
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
@@ -272,7 +272,7 @@ def test_compiling_anew_fails(monkeypatch):
     with pytest.warns(UserWarning, match="could not be compiled.*no space left on device"):
         train(policy, learner, 2)
     train(expected, eager, 2)
-    assert not learner.updates.compiled
+    assert not UPDATES[learner].compiled
     assert distance(policy, expected, start) < 1e-4
 
 
@@ -347,10 +347,10 @@ def test_copies_train_themselves():
     train(*compiled, 3)
     train(*plain, 3)
     before = weights(compiled[0])
-    copies = deepcopy(compiled), deepcopy(plain)
+    copies = deepcopy((*compiled, UPDATES[compiled[1]])), deepcopy(plain)
     for copy in copies:
-        train(*copy, 3)
-        assert copy[1].compiled == (copy is copies[0])
+        train(*copy[:2], 3)
+    assert copies[0][2].compiled and copies[0][2].learner is copies[0][1]
     assert distance(copies[0][0], copies[1][0], before) < 1e-4
     assert th.equal(weights(compiled[0]), before)
 
@@ -387,7 +387,7 @@ def test_falls_back_without_compiler(tmp_path):
         with pytest.warns(UserWarning, match="could not be compiled") as record:
             losses = train(*agents[1], 3)
     assert len([warning for warning in record if issubclass(warning.category, UserWarning)]) == 1
-    assert not agents[1][1].updates.compiled
+    assert not UPDATES[agents[1][1]].compiled
     np.testing.assert_array_equal(losses, expected)
 
 

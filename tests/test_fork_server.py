@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import fork_server
@@ -56,7 +57,9 @@ def test_as_a_real_process(name, how, tmp_path):
     paths = [str(path.parent), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     settings = dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"})
     forked = fork_server.run(command, **settings)
-    real = subprocess.run(command, capture_output=True, text=True, **settings)
+    # Ctrl-C may be ignored here, as in jobs in the background of a shell
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    real = subprocess.run(command, capture_output=True, text=True, preexec_fn=default, **settings)
     assert (forked.returncode, forked.stdout) == (real.returncode, real.stdout)
     assert last_lines(forked.stderr) == last_lines(real.stderr)
 

@@ -584,8 +584,8 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Nothing will be learned")
 @pytest.mark.parametrize("step", [20, 45])
-def test_evaluations_that_a_signal_cuts_short(step, tmp_path):
-    """Are made where the run goes on, the last one too."""
+def test_signal_in_an_evaluation(step, tmp_path):
+    """The evaluation is finished, and not made again where the run goes on."""
     path = tmp_path / "evaluations.csv"
 
     class Ends(SpaceEnv):
@@ -612,7 +612,7 @@ def test_evaluations_that_a_signal_cuts_short(step, tmp_path):
     path.unlink()
     shutil.rmtree(tmp_path / "checkpoints")
     n_before = [row[0] for row in straight].index(str(step))
-    assert learn(model(), 45, 1 + n_before) == straight[:n_before]
+    assert learn(model(), 45, 1 + n_before) == straight[: n_before + 1]
     resumed = MRQ.resume(tmp_path / "checkpoints", SpaceEnv(), device="cpu")
     assert resumed.num_timesteps == step
     assert learn(resumed, resumed.remaining_timesteps, reset_num_timesteps=False) == straight

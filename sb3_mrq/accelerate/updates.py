@@ -237,7 +237,7 @@ class Updates:
         free_cached_memory(self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Updates":
-        """A copy of the model captures graphs of its own."""
+        """A copy of the model compiles and captures on its own."""
         updates = memo[id(self)] = object.__new__(type(self))
         updates.__init__(deepcopy(self.learner, memo), self.device, self.capture, self.verbose)  # type: ignore[misc]
         updates.compile(self.compiled)

@@ -65,11 +65,22 @@ class PriorityTree:
         :param indices: (n,). If one occurs twice, the last one counts on the host, either of them on a device.
         :param priorities: finite, not negative, (n,) or 0-d for all
         """
+        if self.device is None:
+            # Four times as fast for the one or two indices of a step
+            self._set_on_host(indices.numpy(), priorities.numpy())
+            return
         self.levels[0].view(-1).index_put_((indices,), priorities.to(th.float64))
         nodes = indices
         for children, parents in pairwise(self.levels):
             nodes = nodes // self.fan_out
             parents.view(-1).index_put_((nodes,), children.index_select(0, nodes).sum(dim=1))
+
+    def _set_on_host(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        levels = [level.numpy() for level in self.levels]
+        levels[0].reshape(-1)[indices] = priorities
+        for children, parents in pairwise(levels):
+            indices = indices // self.fan_out
+            parents.reshape(-1)[indices] = children[indices].sum(axis=1)
 
     def rebuild(self, start: int, stop: int) -> None:
         """

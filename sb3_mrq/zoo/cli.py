@@ -64,6 +64,7 @@ EXTRAS = {
     "rliable": "zoo",
     "scipy": "zoo",
     "seaborn": "zoo",
+    "sklearn": "zoo",
     "shimmy": "dmc",
 }
 

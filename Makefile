@@ -1,4 +1,4 @@
-# make test                                            everything that is checked, in about ten minutes on two cores
+# make test                                            everything that is checked, in about eight and a half minutes on two cores
 # make test-oldest                                     the package itself on the oldest versions that it supports
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
 # make docs                                            builds the documentation site into build/docs

@@ -67,16 +67,15 @@ def grad_norm(module: nn.Module) -> th.Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
-def effective_rank(embeddings: th.Tensor) -> th.Tensor:
+def effective_rank(singular_values: th.Tensor) -> th.Tensor:
     """
-    Effective rank (Roy and Vetterli, 2007) around the mean: the exponential of the entropy of the normalised singular values.
+    Exponential of the entropy of the normalised singular values (Roy and Vetterli, "The effective rank", EUSIPCO 2007).
 
-    :param embeddings: (n, Z)
-    :return: 0-d
+    :param singular_values: of centred embeddings, (D,)
+    :return: between 1 and D, 0 if nothing varies, 0-d
     """
-    shares = th.linalg.svdvals(embeddings - embeddings.mean(dim=0))
-    shares = shares / shares.sum().clamp_min(1e-12)
-    return th.special.entr(shares).sum().exp()
+    total = singular_values.sum()
+    return th.special.entr(singular_values / total.clamp_min(1e-12)).sum().exp() * (total > 0)
 
 
 def optimizer_step(optimizer: th.optim.Optimizer) -> None:
@@ -363,5 +362,5 @@ class Learner:
         return {
             "encoder_grad_norm": grad_norm(self.encoder),
             "z_s_norm": z_s.norm(dim=1).mean(),
-            "z_s_effective_rank": effective_rank(z_s),
+            "z_s_effective_rank": effective_rank(th.linalg.svdvals(z_s - z_s.mean(dim=0))),
         }

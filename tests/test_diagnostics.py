@@ -29,6 +29,7 @@ from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
 from sb3_mrq.diagnostics.figures import ITEMS
 from sb3_mrq.diagnostics.report import page
 from sb3_mrq.diagnostics.results import DORMANT_SHARE
+from sb3_mrq.learner import effective_rank
 from sb3_mrq.losses import two_hot
 from sb3_mrq.zoo import cli
 
@@ -180,8 +181,8 @@ class TestMeasures:
         for rank in (1, 3, 8):
             # Orthogonal deviations of one size in so many directions
             points = np.concatenate([basis[:rank], -basis[:rank]]) + 5
-            assert measures.effective_rank(measures.singular_values(points)) == pytest.approx(rank)
-        assert measures.effective_rank(measures.singular_values(np.full((9, 4), 3.3))) == 0
+            assert effective_rank(th.from_numpy(measures.singular_values(points))) == pytest.approx(rank)
+        assert effective_rank(th.from_numpy(measures.singular_values(np.full((9, 4), 3.3)))) == 0
         tall = RANDOM.normal(size=(100, 6))
         expected = np.linalg.svd(tall - tall.mean(0), compute_uv=False)
         np.testing.assert_allclose(measures.singular_values(tall), expected / expected.sum())

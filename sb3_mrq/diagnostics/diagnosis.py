@@ -26,6 +26,7 @@ from sb3_mrq.diagnostics.results import (
     ModelAccuracy,
     ReturnComparison,
 )
+from sb3_mrq.learner import effective_rank
 from sb3_mrq.mrq import MRQ
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def embedding_health(name: str, embeddings: np.ndarray) -> EmbeddingHealth:
         np.linalg.norm(embeddings, axis=1),
         float(np.sqrt(variance / square)) if square > 0 else 0.0,
         spectrum,
-        measures.effective_rank(spectrum),
+        float(effective_rank(th.from_numpy(spectrum))),
         deviations,
         float((deviations <= measures.DORMANT).mean()),
     )

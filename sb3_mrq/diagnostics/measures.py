@@ -133,17 +133,6 @@ def singular_values(embeddings: np.ndarray) -> np.ndarray:
     return values / values.sum()
 
 
-def effective_rank(shares: np.ndarray) -> float:
-    """
-    Exponential of the entropy of the normalised singular values (Roy and Vetterli, "The effective rank", EUSIPCO 2007).
-
-    :param shares: singular values as fractions of their sum, (D,)
-    :return: between 1 and D, 0 if nothing varies
-    """
-    shares = shares[shares > 0]
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
-
-
 def relative_deviations(embeddings: np.ndarray) -> np.ndarray:
     """
     :param embeddings: (N, D)

@@ -32,6 +32,8 @@ class UpdateHyperparameters:
     :param dynamics_loss_weight: weight of the embedding term in the encoder loss
     :param reward_loss_weight: weight of the reward term
     :param termination_loss_weight: weight of the termination term
+    :param infonce_loss_weight: weight of the contrastive term
+    :param infonce_temperature: what similarities of embeddings are divided by
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
     :param random_shift_pad: largest shift of images, in pixels
     :param precision: "float32"; "bfloat16" if networks compute matrix products and keep activations in bfloat16 (values and
@@ -48,6 +50,8 @@ class UpdateHyperparameters:
     dynamics_loss_weight: float
     reward_loss_weight: float
     termination_loss_weight: float
+    infonce_loss_weight: float
+    infonce_temperature: float
     pre_activation_weight: float
     random_shift_pad: int
     precision: str
@@ -89,12 +93,13 @@ def check_hyperparameters(model: Any) -> None:
         "dynamics_loss_weight",
         "reward_loss_weight",
         "termination_loss_weight",
+        "infonce_loss_weight",
         "pre_activation_weight",
     ):
         value = getattr(model, name)
         if not value >= 0:
             raise ValueError(f"{name} is {value}, but must not be negative.")
-    for name in ("max_grad_norm", "min_td_error"):
+    for name in ("max_grad_norm", "min_td_error", "infonce_temperature"):
         value = getattr(model, name)
         if not (value is None and name == "max_grad_norm") and not value > 0:
             raise ValueError(f"{name} is {value}, but must be positive.")
@@ -108,6 +113,10 @@ def check_hyperparameters(model: Any) -> None:
             raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
     if not 0 <= model.gamma <= 1:
         raise ValueError(f"gamma is {model.gamma}, but must be between 0 and 1.")
+    if not 0 < model.replay_fade <= 1:
+        raise ValueError(f"replay_fade is {model.replay_fade}, but must be above 0 and at most 1 (no fading).")
+    if not 0 <= model.replay_fade_min <= 1:
+        raise ValueError(f"replay_fade_min is {model.replay_fade_min}, but must be between 0 and 1.")
     if model.action_noise is not None and not isinstance(model.action_space, spaces.Box):
         raise ValueError(
             f"action_noise is for Box actions, not {model.action_space}: leave it out and set exploration_noise instead."

@@ -227,7 +227,7 @@ class Learner:
         self, samples: SubtrajectorySamples, predictions: Predictions, target_z_s: th.Tensor
     ) -> dict[str, tuple[float | th.Tensor, th.Tensor]]:
         """
-        The terms of the encoder loss (equation 17 of the paper). A subclass adds some or takes some out; each is logged as
+        The terms of the encoder loss (equation 17 of the paper) whose weight is not zero. A subclass adds others; each is logged as
         ``{name}_loss``.
 
         :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
@@ -237,12 +237,17 @@ class Learner:
         """
         of, mask = self.hyperparameters, samples.mask
         reward = losses.reward_loss(predictions.reward_logits, samples.rewards, mask, self.encoder.predictor.bins)
-        termination = losses.termination_loss(predictions.terminated, samples.terminated, mask)
-        return {
+        terms: dict[str, tuple[float | th.Tensor, th.Tensor]] = {
             "dynamics": (of.dynamics_loss_weight, losses.dynamics_loss(predictions.z_s, target_z_s, mask)),
             "reward": (of.reward_loss_weight, reward),
-            "termination": (of.termination_loss_weight * self.termination_switch, termination),
         }
+        if of.termination_loss_weight > 0:
+            termination = losses.termination_loss(predictions.terminated, samples.terminated, mask)
+            terms["termination"] = of.termination_loss_weight * self.termination_switch, termination
+        if of.infonce_loss_weight > 0:
+            infonce = losses.infonce_loss(predictions.z_s, target_z_s, mask, of.infonce_temperature)
+            terms["infonce"] = of.infonce_loss_weight, infonce
+        return terms
 
     def update_value_and_policy(
         self, samples: NStepSamples, noise: Noise | None = None

@@ -99,6 +99,28 @@ def termination_loss(predicted_terminated: th.Tensor, terminated: th.Tensor, mas
     return (mask * (predicted_terminated - terminated) ** 2).sum() / len(mask)
 
 
+def infonce_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tensor, temperature: float = 0.1) -> th.Tensor:
+    """
+    Contrastive loss of the predicted embeddings (InfoNCE, of DR.Q): each prediction is to be more similar to the embedding of
+    its own next observation than to those of the other rows of the batch, at the same step of the horizon. Similarity is the
+    cosine divided by the temperature. Rows past the end of their episode count neither as predictions nor as others.
+
+    :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
+    :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)
+    :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
+    :param temperature: smaller ones tell apart more sharply
+    :return: sum over the horizon of the mean over the batch, masked entries included, 0-d
+    """
+    # (H, B, Z) each
+    predicted, target = (F.normalize(z_s.transpose(0, 1), dim=-1) for z_s in (predicted_z_s, target_z_s))
+    similarities = predicted @ target.transpose(1, 2) / temperature
+    own = similarities.diagonal(dim1=1, dim2=2)
+    # A masked row keeps its own embedding, so that its loss is finite before it is masked
+    excluded = (mask.T == 0).unsqueeze(1) & ~th.eye(len(mask), dtype=th.bool, device=mask.device)
+    losses = similarities.masked_fill(excluded, -th.inf).logsumexp(dim=2) - own
+    return (mask.T * losses).sum() / len(mask)
+
+
 def n_step_return(rewards: th.Tensor, terminated: th.Tensor, mask: th.Tensor, gamma: float) -> tuple[th.Tensor, th.Tensor]:
     """
     Discounted sum of the rewards up to and including the last transition of the episode, and the factor of the value after it

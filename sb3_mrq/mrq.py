@@ -78,21 +78,19 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param reward_loss_weight: Weight of the reward term of the encoder loss
     :param termination_loss_weight: Weight of the termination term of the encoder loss, which is
         left out until an episode has terminated
+    :param infonce_loss_weight: Weight of the contrastive term of the encoder loss (InfoNCE, of DR.Q), 0 for none
+    :param infonce_temperature: Temperature of the contrastive term
+    :param replay_fade: Factor by which the probability of a transition falls with each one that is stored after it (of DR.Q)
+    :param replay_fade_min: The probability falls no lower than by this factor
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
     :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
-        networks that compute matrix products and keep activations in bfloat16, which pays on processors with AMX or
-        AVX512-BF16, and is meant for GPUs. It has 8 bits: observations that differ by less than a hundredth of their size
-        should be normalised, or float32. Values and their targets, weights, losses and optimisers are in float32 in any case.
-        ``"auto"`` is bfloat16 on such a processor for vector observations and layers of this package and of torch, else
-        float32. ``model.learner.hyperparameters.precision`` says which.
+        matrix products and activations in bfloat16. ``"auto"`` is bfloat16 on processors with AMX or AVX512-BF16 for vector
+        observations and layers of this package and of torch, else float32. See :doc:`/performance`.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
-        starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
-        device. ``"auto"`` captures them there if possible, without compiling. On a CPU it compiles if the whole run, earlier
-        calls of ``learn`` that it continues included, is planned for at least ``COMPILE_FROM`` steps after the warm-up, in
-        the main thread.
-        If compiling or capturing fails, training goes on without it, after a warning.
-        Read when the model is created or loaded; later changes have no effect.
+        starts, and to capture whole training steps as CUDA graphs on a CUDA device. ``"auto"`` captures them there if
+        possible, without compiling, and compiles on a CPU if the run is planned for at least ``COMPILE_FROM`` steps after the
+        warm-up. Training goes on without, after a warning, if that fails. Read when the model is created or loaded.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -153,6 +151,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
         dynamics_loss_weight: float = 1.0,
         reward_loss_weight: float = 0.1,
         termination_loss_weight: float = 0.1,
+        infonce_loss_weight: float = 0.0,
+        infonce_temperature: float = 0.1,
+        replay_fade: float = 1.0,
+        replay_fade_min: float = 0.1,
         pre_activation_weight: float = 1e-5,
         random_shift_pad: int = 4,
         precision: str = "auto",
@@ -201,6 +203,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.dynamics_loss_weight = dynamics_loss_weight
         self.reward_loss_weight = reward_loss_weight
         self.termination_loss_weight = termination_loss_weight
+        self.infonce_loss_weight = infonce_loss_weight
+        self.infonce_temperature = infonce_temperature
+        self.replay_fade = replay_fade
+        self.replay_fade_min = replay_fade_min
         self.pre_activation_weight = pre_activation_weight
         self.random_shift_pad = random_shift_pad
         self.precision = precision
@@ -227,7 +233,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
 
-        self._create_replay_buffer(horizon=self.encoder_horizon, n_steps=self.n_steps)
+        self._create_replay_buffer(
+            horizon=self.encoder_horizon, n_steps=self.n_steps, fade=self.replay_fade, fade_min=self.replay_fade_min
+        )
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,

@@ -5,7 +5,7 @@ MR.Q's policies: the networks assembled for a pair of spaces, their optimisers, 
 import inspect
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -30,22 +30,22 @@ from sb3_mrq.networks import (
 )
 from sb3_mrq.observations import map_observation
 
-DEFAULT_NET_ARCH = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
 
-
-def complete_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> dict[str, list[int]]:
+def complete_net_arch(
+    net_arch: list[int] | dict[str, list[int]] | None, default: dict[str, list[int]]
+) -> dict[str, list[int]]:
     """
-    :param net_arch: hidden layers for ``encoder``, ``qf`` and ``pi``, those left out are the defaults;
-        a list means ``qf`` and ``pi``, as in TD3
+    :param net_arch: hidden layers for ``encoder``, ``qf`` and ``pi``; a list means ``qf`` and ``pi``, as in TD3
+    :param default: hidden layers of what is left out
     :return: hidden layers for all three
     :raises ValueError: for other keys, sizes below 2, or an encoder without hidden layers
     """
     if isinstance(net_arch, (list, tuple)):
         net_arch = {"qf": list(net_arch), "pi": list(net_arch)}
-    unknown = set(net_arch or {}) - set(DEFAULT_NET_ARCH)
+    unknown = set(net_arch or {}) - set(default)
     if unknown:
-        raise ValueError(f"net_arch takes the keys {', '.join(DEFAULT_NET_ARCH)}, not {', '.join(sorted(unknown))}.")
-    complete = {key: list(sizes) for key, sizes in (DEFAULT_NET_ARCH | (net_arch or {})).items()}
+        raise ValueError(f"net_arch takes the keys {', '.join(default)}, not {', '.join(sorted(unknown))}.")
+    complete = {key: list(sizes) for key, sizes in (default | (net_arch or {})).items()}
     for key, sizes in complete.items():
         # The layer norm of a single unit is zero
         if any(size < 2 for size in sizes) or (key == "encoder" and not sizes):
@@ -90,6 +90,9 @@ class MRQPolicy(BasePolicy):
     critic_target: Critic
     actor: Actor
     actor_target: Actor
+
+    default_net_arch: ClassVar[dict[str, list[int]]] = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
+    default_weight_decay = 1e-4
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class MRQPolicy(BasePolicy):
                 raise ValueError(f"{name} is {number}, but must be positive.")
         if reward_bins_limit > 80:
             raise ValueError(f"reward_bins_limit is {reward_bins_limit}, but exp of more than 80 leaves the range of float32.")
-        self.net_arch = complete_net_arch(net_arch)
+        self.net_arch = complete_net_arch(net_arch, self.default_net_arch)
         self.activation_fn = activation_fn
         self.actor_activation_fn = actor_activation_fn
         self.z_s_dim = z_s_dim
@@ -224,7 +227,7 @@ class MRQPolicy(BasePolicy):
         if isinstance(optimizer_class, partial):
             optimizer_class, kwargs = optimizer_class.func, optimizer_class.keywords | kwargs
         if issubclass(optimizer_class, th.optim.AdamW):
-            kwargs.setdefault("weight_decay", 1e-4)
+            kwargs.setdefault("weight_decay", self.default_weight_decay)
         if optimizer_class is th.optim.AdamW:
             kwargs.setdefault("fused", not {"foreach", "capturable", "differentiable"} & kwargs.keys())
         return optimizer_class(network.parameters(), lr=learning_rate, **kwargs)

@@ -24,12 +24,16 @@ PAPER = dict(
     dynamics_loss_weight=1.0,
     reward_loss_weight=0.1,
     termination_loss_weight=0.1,
+    infonce_loss_weight=0.0,
+    infonce_temperature=0.1,
     pre_activation_weight=1e-5,
     priority_alpha=0.4,
     min_td_error=1.0,
     random_shift_pad=0,
     precision="float32",
 )
+# Where DR.Q has others
+DRQ_PAPER = PAPER | dict(max_grad_norm=None, termination_loss_weight=0.0, infonce_loss_weight=0.1, pre_activation_weight=0.0)
 NETWORKS = ("encoder", "critic", "actor")
 TARGETS = ("encoder_target", "critic_target", "actor_target")
 

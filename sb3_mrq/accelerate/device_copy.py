@@ -38,10 +38,11 @@ class DeviceCopy:
         self._n_slots = len(self._host["rewards"])
         # Padding of a copy of few slots is written here, after the last slot and the frame of zeros
         self._nowhere = self._n_slots + 1
-        arrays = {name: self._upload(array) for name, array in self._host.items()}
+        self.priorities = buffer.priorities_class(self._nowhere + 1, device)
+        arrays = {name: self._upload(array, self.priorities.arrays().get(name)) for name, array in self._host.items()}
         self.slots = Slots(arrays, buffer.observation_shapes(), buffer.buffer_size, buffer.n_envs)
         self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
-        self.priorities = buffer.priorities_class(self._nowhere + 1, device)
+        self.priorities.advance(buffer.n_added)
         self.priorities.leaves[: self._n_slots].copy_(buffer.priorities())
         self.priorities.rebuild(0, self._nowhere + 1)
 
@@ -75,12 +76,18 @@ class DeviceCopy:
         arrays = buffer.arrays()
         return sum(array.nbytes for array in arrays.values()) + 8 * len(arrays["rewards"])
 
-    def _upload(self, array: np.ndarray) -> th.Tensor:
-        """An array with room for ``_nowhere``, on the device; only pages that have been written to are read."""
+    def _upload(self, array: np.ndarray, copy: th.Tensor | None) -> th.Tensor:
+        """
+        :param array: of the host
+        :param copy: where to, a new tensor if None
+        :return: the array with room for ``_nowhere``, on the device; only pages that have been written to are read
+        """
         n = len(array)
         if not self._buffer.full and self._buffer.n_envs == 1:
             n = min(n, self._buffer.pos + 1)
-        copy = th.zeros((self._nowhere + 1, *array.shape[1:]), dtype=th.from_numpy(array[:0]).dtype, device=self.device)
+        if copy is None:
+            shape = (self._nowhere + 1, *array.shape[1:])
+            copy = th.zeros(shape, dtype=th.from_numpy(array[:0]).dtype, device=self.device)
         copy[:n].copy_(th.from_numpy(array[:n]))
         return copy
 
@@ -116,6 +123,7 @@ class DeviceCopy:
         changes = np.where(self._buffer.sampleable(slots), np.where(activated, MAX, KEEP), ZERO)
         self._marked.clear()
         self._activated.clear()
+        self.priorities.advance(self._buffer.n_added)
         for start in range(0, len(slots), self._n_staged):
             chunk = slots[start : start + self._n_staged]
             n = len(chunk)

@@ -1,8 +1,13 @@
 """
 Sampling of indices in proportion to their priorities, cheaper than a pass over all of them.
+
+What changes priorities is written in the methods that arrays of NumPy and tensors have in common: for the few indices of a step
+NumPy is four times as fast.
 """
 
+import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -38,10 +43,9 @@ class PriorityTree:
             nodes = -(-nodes // self.fan_out)
             self.levels.append(self._zeros(nodes))
 
-    def _zeros(self, nodes: int) -> th.Tensor:
-        if self.device is None:
-            return th.from_numpy(np.zeros((nodes, self.fan_out)))
-        return th.zeros((nodes, self.fan_out), dtype=th.float64, device=self.device)
+    def _zeros(self, nodes: int, dtype: type = np.float64) -> th.Tensor:
+        zeros = np.zeros((nodes, self.fan_out), dtype=dtype)
+        return th.from_numpy(zeros) if self.device is None else th.as_tensor(zeros, device=self.device)
 
     @property
     def leaves(self) -> th.Tensor:
@@ -50,8 +54,8 @@ class PriorityTree:
 
     @property
     def total(self) -> float:
-        """Sum of all priorities."""
-        return float(self.levels[-1].sum())
+        """Sum of all weights."""
+        return float(self._weights(len(self.levels) - 1, th.zeros(1, dtype=th.int64, device=self.device)).sum())
 
     def get(self, indices: th.Tensor) -> th.Tensor:
         """
@@ -60,27 +64,35 @@ class PriorityTree:
         """
         return self.levels[0].view(-1).index_select(0, indices)
 
+    def weight(self, indices: th.Tensor) -> th.Tensor:
+        """
+        :param indices: (n,)
+        :return: what they are drawn in proportion to: their priorities, float64 (n,)
+        """
+        return self.get(indices)
+
     def set(self, indices: th.Tensor, priorities: th.Tensor) -> None:
         """
         :param indices: (n,). If one occurs twice, the last one counts on the host, either of them on a device.
         :param priorities: finite, not negative, (n,) or 0-d for all
         """
-        if self.device is None:
-            # Four times as fast for the one or two indices of a step
-            self._set_on_host(indices.numpy(), priorities.numpy())
-            return
-        self.levels[0].view(-1).index_put_((indices,), priorities.to(th.float64))
-        nodes = indices
-        for children, parents in pairwise(self.levels):
-            nodes = nodes // self.fan_out
-            parents.view(-1).index_put_((nodes,), children.index_select(0, nodes).sum(dim=1))
+        priorities = priorities.to(th.float64)
+        self._arrays(self.levels)[0].reshape(-1)[self._array(indices)] = self._array(priorities)
+        self._renew(indices)
 
-    def _set_on_host(self, indices: np.ndarray, priorities: np.ndarray) -> None:
-        levels = [level.numpy() for level in self.levels]
-        levels[0].reshape(-1)[indices] = priorities
-        for children, parents in pairwise(levels):
-            indices = indices // self.fan_out
-            parents.reshape(-1)[indices] = children[indices].sum(axis=1)
+    def _array(self, tensor: th.Tensor) -> Any:
+        """A tensor as what priorities are changed with: an array on the host, a tensor on a device."""
+        return tensor.numpy() if self.device is None else tensor
+
+    def _arrays(self, tensors: list[th.Tensor]) -> list[Any]:
+        return [self._array(tensor) for tensor in tensors]
+
+    def _renew(self, indices: th.Tensor) -> None:
+        """Renew the sums above some indices, (n,)."""
+        nodes = self._array(indices)
+        for children, parents in pairwise(self._arrays(self.levels)):
+            nodes = nodes // self.fan_out
+            parents.reshape(-1)[nodes] = children[nodes].sum(axis=1)
 
     def rebuild(self, start: int, stop: int) -> None:
         """
@@ -96,9 +108,17 @@ class PriorityTree:
             first, last = first // self.fan_out, last // self.fan_out
             parents.view(-1)[first : last + 1] = children[first : last + 1].sum(dim=1)
 
+    def _weights(self, level: int, nodes: th.Tensor) -> th.Tensor:
+        """
+        :param level: 0 for the leaves
+        :param nodes: rows of the level, (n,)
+        :return: weights of the children of the nodes, (n, fan_out)
+        """
+        return self.levels[level].index_select(0, nodes)
+
     def sample(self, n: int) -> th.Tensor:
         """
-        Draw indices independently, each with probability proportional to its priority; at least one must be positive. On the
+        Draw indices independently, each with probability proportional to its weight; at least one must be positive. On the
         host NumPy's global generator is used, on a device torch's.
 
         :param n: number of indices
@@ -111,12 +131,10 @@ class PriorityTree:
             position = th.from_numpy(np.random.random((n, 1)))
         else:
             position = th.rand(n, 1, dtype=th.float64, device=self.device)
-        nodes: th.Tensor | None = None
-        for level in reversed(self.levels):
-            if nodes is None:
-                cumulative = level.cumsum(dim=1).expand(n, -1).contiguous()
-            else:
-                cumulative = level.index_select(0, nodes).cumsum(dim=1)
+        nodes = th.zeros(1, dtype=th.int64, device=self.device)
+        for level in reversed(range(len(self.levels))):
+            # All draws begin at the one node of the last level
+            cumulative = self._weights(level, nodes).cumsum(dim=1).expand(n, -1).contiguous()
             total = cumulative[:, -1:]
             mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
             # Beyond the last child if priorities are not numbers
@@ -124,6 +142,129 @@ class PriorityTree:
             upper = cumulative.gather(1, child)
             lower = cumulative.gather(1, (child - 1).clamp_min_(0)).masked_fill_(child == 0, 0.0)
             position = (mass - lower) / (upper - lower)
-            nodes = child[:, 0] if nodes is None else nodes * self.fan_out + child[:, 0]
-        assert nodes is not None
+            nodes = nodes * self.fan_out + child[:, 0]
         return nodes
+
+    # For trees whose weights depend on when a transition was stored
+
+    def store(self, indices: np.ndarray, n_stored: int) -> np.ndarray | None:
+        """
+        Note that transitions have been stored at some indices of a tree on the host.
+
+        :param indices: (n,), in the order of storing, not to be sampled yet
+        :param n_stored: transitions that were ever stored, with these
+        :return: indices whose weights have changed in another way than those of all others, (n,), or None
+        """
+
+    def advance(self, n_stored: int) -> None:
+        """
+        :param n_stored: transitions that were ever stored
+        """
+
+    def arrays(self) -> dict[str, th.Tensor]:
+        """
+        :return: what the tree knows of each index besides its priority, (capacity,) each, no copies. Call ``rebuild`` after
+            writing to them.
+        """
+        return {}
+
+
+class FadedPriorityTree(PriorityTree):
+    """
+    Priorities that fade with the age of a transition, the number of transitions stored after it: the weight of an index is
+    priority times ``max(fade_min, fade ** age)`` (DR.Q, Lyu et al., 2026, arXiv 2605.11711).
+
+    The leaves are the priorities. Each node above holds two sums: of the weights of *old* transitions, which have faded to
+    ``fade_min``, and of *recent* ones. One more transition changes all recent weights by the same factor, which is kept apart, and
+    moves one transition from recent to old.
+
+    :param capacity: number of indices, at least 1
+    :param device: of the tree, and of everything that it takes and returns; the host if None
+    :param fade: factor of the weight for each transition stored since, between 0 and 1
+    :param fade_min: the factor falls no lower
+    """
+
+    # The common factor is kept apart until it is smaller than this
+    SMALLEST_FACTOR = 1e-3
+
+    def __init__(self, capacity: int, device: th.device | None = None, *, fade: float, fade_min: float):
+        super().__init__(capacity, device)
+        self.fade = fade
+        # Sums of recent weights without their common factor; the sums in ``levels`` are those of old ones
+        self.recent = [level.clone() for level in self.levels[1:]]
+        # How many transitions were ever stored with the one at an index, 0 if there is none
+        self._stored_at = self._zeros(len(self.levels[0]), np.int64)
+        # The age at which a transition is old. None is older than there are indices.
+        old_age = math.ceil(math.log(fade_min) / math.log(fade)) if fade_min > 0 else capacity
+        self.old_age = max(1, min(old_age, capacity))
+        # By age, the last one for all old ones
+        self._fades = th.as_tensor(np.maximum(fade ** np.arange(self.old_age + 1.0), fade_min), device=device)
+        # Indices of the recent transitions, at the number of transitions stored with them modulo ``old_age``
+        self._recent_indices: np.ndarray | None = None
+        # Transitions ever stored, now and when the common factor was 1
+        self._now: Any = 0 if device is None else th.zeros((), dtype=th.int64, device=device)
+        self._reference = 0
+        self._factor: Any = 1.0 if device is None else th.ones((), dtype=th.float64, device=device)
+
+    def store(self, indices: np.ndarray, n_stored: int) -> np.ndarray | None:
+        stored_at = self._stored_at.view(-1).numpy()
+        if self._recent_indices is None:
+            self._recent_indices = np.zeros(self.old_age, dtype=np.int64)
+            before = np.flatnonzero(stored_at > max(n_stored - len(indices) - self.old_age, 0))
+            self._recent_indices[stored_at[before] % self.old_age] = before
+        stored_at[indices] = numbers = np.arange(n_stored - len(indices), n_stored) + 1
+        positions = numbers % self.old_age
+        old = self._recent_indices[positions]
+        self._recent_indices[positions] = indices
+        self.advance(n_stored)
+        if n_stored <= self.old_age:
+            return None
+        self._renew(th.from_numpy(old))
+        return old
+
+    def advance(self, n_stored: int) -> None:
+        factor = self.fade ** (n_stored - self._reference)
+        if factor < self.SMALLEST_FACTOR:
+            for sums in self.recent:
+                sums.mul_(factor)
+            self._reference, factor = n_stored, 1.0
+        if self.device is None:
+            self._now, self._factor = n_stored, factor
+        else:
+            self._now.fill_(n_stored)
+            self._factor.fill_(factor)
+
+    def arrays(self) -> dict[str, th.Tensor]:
+        return {"stored_at": self._stored_at.view(-1)[: self.capacity]}
+
+    def _ages(self, stored_at: Any) -> Any:
+        """Ages, at most ``old_age``."""
+        return (self._now - stored_at).clip(0, self.old_age)
+
+    def weight(self, indices: th.Tensor) -> th.Tensor:
+        ages = self._ages(self._stored_at.view(-1).index_select(0, indices))
+        return self.get(indices) * self._fades.index_select(0, ages)
+
+    def _weights(self, level: int, nodes: th.Tensor) -> th.Tensor:
+        children = super()._weights(level, nodes)
+        if level == 0:
+            ages = self._ages(self._stored_at.index_select(0, nodes))
+            return children * self._fades.index_select(0, ages.view(-1)).view(ages.shape)
+        return children + self.recent[level - 1].index_select(0, nodes) * self._factor
+
+    def _renew(self, indices: th.Tensor) -> None:
+        old, recent = self._arrays(self.levels), self._arrays(self.recent)
+        nodes = self._array(indices)
+        for level in range(len(recent)):
+            nodes = nodes // self.fan_out
+            if level == 0:
+                ages = self._ages(self._array(self._stored_at)[nodes])
+                weights = old[0][nodes] * self._array(self._fades)[ages]
+                is_old = ages == self.old_age
+                sums = (weights * is_old).sum(axis=1), (weights * ~is_old).sum(axis=1) / self._factor
+            else:
+                sums = old[level][nodes].sum(axis=1), recent[level - 1][nodes].sum(axis=1)
+            old[level + 1].reshape(-1)[nodes], recent[level].reshape(-1)[nodes] = sums
+
+    def rebuild(self, start: int, stop: int) -> None:
+        self._renew(th.arange(start - start % self.fan_out, stop, self.fan_out, device=self.device))

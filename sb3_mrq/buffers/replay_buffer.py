@@ -42,6 +42,8 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
         either
     :param horizon: Transitions in a sub-trajectory
     :param n_steps: Transitions of the n-step samples
+    :param fade: Factor of a transition's probability for each one that is stored after it
+    :param fade_min: The factor falls no lower
     """
 
     def _draw(self, batch_size: int) -> th.Tensor:
@@ -170,8 +172,8 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
         """
         self._pull_priorities()
         indices = np.flatnonzero(self._flags & SAMPLEABLE)
-        priorities = self._priorities.get(th.from_numpy(indices)).numpy()
-        return indices, priorities / priorities.sum()
+        weights = self._priorities.weight(th.from_numpy(indices)).numpy()
+        return indices, weights / weights.sum()
 
     def mean_abs_reward(self, env: VecNormalize | None = None) -> float:
         """

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 
 from sb3_mrq.buffers.frames import ObservationStorage
-from sb3_mrq.buffers.priorities import PriorityTree
+from sb3_mrq.buffers.priorities import FadedPriorityTree, PriorityTree
 from sb3_mrq.buffers.slots import ENDED, HAS_OBSERVATION, HAS_TRANSITION, SAMPLEABLE, TERMINATED, Slots
 from sb3_mrq.checks import LARGEST_REWARD, BadValueError, ObservationChecks, check_range, check_type, subspaces_of
 
@@ -66,7 +67,7 @@ class SegmentStorage(ReplayBuffer):
     """
 
     # Called with a capacity, and with a device for a copy there
-    priorities_class: type[PriorityTree] = PriorityTree
+    priorities_class: Callable[..., PriorityTree] = PriorityTree
     # Slots handled at once if all of them are
     CHUNK = 1 << 17
 
@@ -81,6 +82,8 @@ class SegmentStorage(ReplayBuffer):
         handle_timeout_termination: bool = True,
         horizon: int = 5,
         n_steps: int = 3,
+        fade: float = 1.0,
+        fade_min: float = 0.1,
     ):
         # Not ReplayBuffer's constructor, which allocates everything at once
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
@@ -88,6 +91,8 @@ class SegmentStorage(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         if horizon < 1 or n_steps < 1:
             raise ValueError(f"horizon ({horizon}) and n_steps ({n_steps}) must be at least 1.")
+        if fade < 1 and fade_min < 1:
+            self.priorities_class = partial(FadedPriorityTree, fade=fade, fade_min=fade_min)
         # As in ReplayBuffer, from here on the size for each environment
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.horizon = horizon
@@ -107,6 +112,7 @@ class SegmentStorage(ReplayBuffer):
         self.has_terminated = False
         self.n_sampleable = 0
         self._n_stored = 0
+        self.n_added = 0
         self._storages: dict[str | None, ObservationStorage] = {}
         # Allocated by the first add
         self.actions = np.zeros((0, self.action_dim))
@@ -211,6 +217,7 @@ class SegmentStorage(ReplayBuffer):
         :return: arrays with an entry for each slot, or more, as :class:`~sb3_mrq.buffers.slots.Slots` reads them; no copies
         """
         arrays = {"actions": self.actions, "rewards": self.rewards, "flags": self._flags, "ages": self._ages}
+        arrays |= {name: tensor.numpy() for name, tensor in self._priorities.arrays().items()}
         for key, storage in self._storages.items():
             arrays[f"observations {key}"] = storage.padded
             if storage.stacked:
@@ -329,6 +336,10 @@ class SegmentStorage(ReplayBuffer):
         # Next to each other, since they would not fit together after Ctrl-C between them
         self._flags[slots] = flags
         self._n_stored += self.n_envs
+        self.n_added += self.n_envs
+        faded = self._priorities.store(slots, self.n_added)
+        if faded is not None:
+            self._changed(faded)
         self._length += 1
         self._write_pos = next_pos
         self._running[:] = True
@@ -469,6 +480,7 @@ class SegmentStorage(ReplayBuffer):
             "has_terminated": self.has_terminated,
             "n_sampleable": self.n_sampleable,
             "n_stored": self._n_stored,
+            "n_added": self.n_added,
             "storages": [[key, storage.get_state()] for key, storage in self._storages.items()],
         }
         used = (self._flags != 0).reshape(self.n_envs, -1)
@@ -503,6 +515,8 @@ class SegmentStorage(ReplayBuffer):
             self.has_terminated = numbers["has_terminated"]
             self.n_sampleable = numbers["n_sampleable"]
             self._n_stored = numbers["n_stored"]
+            # Files of 0.1 do not have it
+            self.n_added = numbers.get("n_added", self._n_stored)
             self._rebuild_priorities()
         except BaseException:
             self.reset()
@@ -541,6 +555,7 @@ class SegmentStorage(ReplayBuffer):
             raise ValueError("There are priorities that are negative or not finite.")
         if ((self._write_pos < 0) | (self._write_pos >= self.buffer_size) | (self._length < 0)).any():
             raise ValueError("The next slot to write to is outside the buffer.")
+        self._priorities.advance(self.n_added)
         for first in range(0, len(priorities), self.CHUNK):
             if priorities[first : first + self.CHUNK].any():
                 self._priorities.rebuild(first, min(first + self.CHUNK, len(priorities)))

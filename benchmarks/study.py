@@ -45,7 +45,7 @@ from benchmarks.evaluation import new_file
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
 from sb3_mrq.persist.checkpoints import newest_with_model
 from sb3_mrq.persist.files import atomic_file
-from sb3_mrq.zoo.configuration import closest
+from sb3_mrq.zoo.configuration import ALGORITHMS, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
 #: tasks, training steps in the paper and steps between two evaluations
@@ -66,6 +66,18 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "mrq-1-step": ("mrq", {"n_steps": "1"}),
     "mrq-uniform-replay": ("mrq", {"priority_alpha": "0.0"}),
+    "mrq-infonce-fade": ("mrq", {"infonce_loss_weight": "0.1", "replay_fade": "0.9999"}),
+    "drq-float32": ("drq", {"precision": "'float32'"}),
+    "drq-bfloat16": ("drq", {"precision": "'bfloat16'"}),
+    "drq-no-infonce": ("drq", {"infonce_loss_weight": "0.0"}),
+    "drq-no-fade": ("drq", {"replay_fade": "1.0"}),
+    "drq-mrq-optimisation": (
+        "drq",
+        {
+            "encoder_learning_rate": "1e-4",
+            "policy_kwargs": "dict(net_arch=dict(encoder=[512, 512]), optimizer_kwargs=dict(weight_decay=1e-4))",
+        },
+    ),
 }
 
 #: preprocessing of the Atari games, for every algorithm
@@ -205,7 +217,7 @@ def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     :param task: id of an environment
     :return: the section, None to use rl-zoo3's own
     """
-    if algo == "mrq":
+    if algo in ALGORITHMS:
         return None
     sections = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
     if task.startswith("ALE/"):
@@ -486,7 +498,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=SUITES, help="tasks of the paper")
     what.add_argument("--tasks", nargs="+", help="ids of environments")
-    parser.add_argument("--algos", default="mrq", help="mrq, those of rl-zoo3, and " + ", ".join(VARIANTS))
+    parser.add_argument("--algos", default="mrq", help="mrq, drq, those of rl-zoo3, and " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="environment steps (default: the paper's)")
@@ -509,7 +521,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     # No duplicates: two runs cannot share a folder
     algorithms = list(dict.fromkeys(name.strip() for name in args.algos.split(",")))
     tasks = SUITES[args.suite][0] if args.suite else tuple(dict.fromkeys(args.tasks))
-    known = {*rl_zoo3.ALGOS, *VARIANTS, "mrq"}
+    known = {*rl_zoo3.ALGOS, *VARIANTS, *ALGORITHMS}
     for algorithm in algorithms:
         if algorithm not in known:
             parser.error(f"there is no algorithm {algorithm}.{closest(algorithm, known)}")

@@ -28,6 +28,7 @@ from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.checks import subspaces_of
 from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.zoo.cli import run
+from sb3_mrq.zoo.configuration import ALGORITHMS
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
 # Steps between two checkpoints of mrq. Each contains the replay buffer, several gigabytes with images: these runs write one
@@ -51,7 +52,7 @@ class StudyManager(MRQExperimentManager):
         env.seed(self.seed + 1000)
         if ExperimentManager.is_atari(self.env_name.gym_id):
             env = papers_atari(env, self.seed)
-        if self.algo == "mrq":
+        if self.algo in ALGORITHMS:
             freq = checkpoint_freq(env.observation_space, self.n_timesteps)
             self.callbacks.append(ResumableCheckpointCallback(freq, self.folder / CHECKPOINTS, keep_last=2))
         self.callbacks.append(

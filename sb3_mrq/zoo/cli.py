@@ -1,5 +1,5 @@
 """
-Command line: all scripts of rl-zoo3 with ``mrq`` as an additional algorithm, and ``diagnose``.
+Command line: all scripts of rl-zoo3 with ``mrq`` and ``drq`` as additional algorithms, and ``diagnose``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_mrq.envs import rendering
 from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
-from sb3_mrq.zoo.configuration import ConfigurationError, closest
+from sb3_mrq.zoo.configuration import ALGORITHMS, ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS
 
 # Module of each script, with the function to call unless it only runs as a program
@@ -45,7 +45,7 @@ USAGE = f"""usage: sb3-mrq <script> [arguments]
 
 Scripts of rl-zoo3: {", ".join(name for name in SCRIPTS if name != "diagnose")}.
 Script of this package: diagnose, a report on what a trained model has learned.
-Each takes its own arguments: sb3-mrq <script> --help. The algorithm of this package is --algo mrq.
+Each takes its own arguments: sb3-mrq <script> --help. The algorithms of this package are --algo mrq and --algo drq.
 """
 
 # Extra of this package that installs a module
@@ -250,7 +250,7 @@ def run(script: str, arguments: list[str]) -> None:
             _check_task(options.env)
             if script != "train" and "mujoco" in str(gym.registry.get(options.env)):
                 rendering.choose_backend()
-        if script == "train" and options.algo == "mrq":
+        if script == "train" and options.algo in ALGORITHMS:
             arguments = [*_newest_checkpoint(arguments), *_evaluation_arguments(options)]
 
     if script == "push_to_hub":

@@ -1,5 +1,5 @@
 """
-Configuration files of rl-zoo3 for ``mrq``: location of the default file, and validation with file and line in the messages.
+Configuration files of rl-zoo3 for ``mrq`` and ``drq``: location of the default file, and validation with file and line in the messages.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 import sb3_mrq
-from sb3_mrq import MRQ
+from sb3_mrq import DRQ, MRQ
 
 # Keys that rl-zoo3 removes before passing a section to the constructor
 ZOO_KEYS = frozenset(
@@ -31,6 +31,9 @@ ZOO_KEYS = frozenset(
 )
 # Arguments of the constructor that rl-zoo3 sets itself
 GIVEN_BY_ZOO = frozenset({"self", "env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"})
+# By the names that rl-zoo3 gives them
+ALGORITHMS: dict[str, type[MRQ]] = {"mrq": MRQ, "drq": DRQ}
+# The same for both
 HYPERPARAMETERS = frozenset(inspect.signature(MRQ.__init__).parameters) - GIVEN_BY_ZOO
 
 
@@ -38,14 +41,15 @@ class ConfigurationError(ValueError):
     """Invalid configuration or command line, with a message for the user."""
 
 
-def default_configuration() -> Path:
+def default_configuration(algo: str) -> Path:
     """
-    :return: path of the default configuration of ``mrq``
+    :param algo: ``mrq`` or ``drq``
+    :return: path of its default configuration
     """
     package = Path(sb3_mrq.__file__).parent
     # Next to the package in the repository, inside it when installed from a wheel
     folders = [package / "hyperparams", package.parent / "hyperparams"]
-    return next((path for path in (folder / "mrq.yml" for folder in folders) if path.is_file()), folders[0] / "mrq.yml")
+    return next((path for path in (folder / f"{algo}.yml" for folder in folders) if path.is_file()), folders[0] / f"{algo}.yml")
 
 
 def closest(name: str, names: Iterable[str]) -> str:

@@ -17,10 +17,9 @@ from rl_zoo3.utils import StoreDict, get_model_path
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_mrq import MRQ
 from sb3_mrq.diagnostics import diagnose
 from sb3_mrq.envs import AtariWrapper
-from sb3_mrq.zoo.configuration import ConfigurationError
+from sb3_mrq.zoo.configuration import ALGORITHMS, ConfigurationError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description="Report on what a trained model has learned: figures, numbers and one page.")
     parser.add_argument("--env", help="environment ID", type=EnvironmentName, required=True)
-    parser.add_argument("--algo", help="RL Algorithm", choices=["mrq"], default="mrq")
+    parser.add_argument("--algo", help="RL Algorithm", choices=list(ALGORITHMS), default="mrq")
     parser.add_argument("-f", "--folder", help="Log folder (default: %(default)s)", default="logs")
     parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest, -1: no exp folder)", default=0, type=int)
     parser.add_argument("--load-best", action="store_true", help="Load best model instead of last model if available")
@@ -144,7 +143,7 @@ def diagnose_script() -> None:
         th.set_num_threads(args.num_threads)
     path, env = _from_folder(args) if args.model is None else _from_file(args)
     print(f"Loading {path}")
-    model = MRQ.load(path, device=args.device)
+    model = ALGORITHMS[args.algo].load(path, device=args.device)
     diagnosis = diagnose(
         model, env, args.n_episodes, args.seed, exploration_noise=args.exploration_noise, max_steps=args.max_steps
     )

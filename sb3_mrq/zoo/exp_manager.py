@@ -1,5 +1,5 @@
 """
-rl-zoo3's experiment manager with support for ``mrq``.
+rl-zoo3's experiment manager with support for ``mrq`` and ``drq``.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.persist.checkpoints import NAME, VEC_NORMALIZE, newest_with_model
 from sb3_mrq.zoo.configuration import (
+    ALGORITHMS,
     ConfigurationError,
     check_configuration_file,
     check_hyperparameter_names,
@@ -61,7 +62,7 @@ class _Resumed:
 
 class MRQExperimentManager(ExperimentManager):
     """
-    Experiment manager that replaces rl-zoo3's for all algorithms. For ``mrq`` it
+    Experiment manager that replaces rl-zoo3's for all algorithms. For ``mrq`` and ``drq`` it
 
     - uses the configuration of this package by default,
     - rejects unknown hyperparameters and corrupt configurations, with their location in the message,
@@ -89,15 +90,15 @@ class MRQExperimentManager(ExperimentManager):
         config: str | None = None,
         **kwargs: Any,
     ):
-        if algo == "mrq":
-            config = config or str(default_configuration())
+        if algo in ALGORITHMS:
+            config = config or str(default_configuration(algo))
         super().__init__(args, algo, env_id, log_folder, *others, config=config, **kwargs)  # type: ignore[misc]
         self._resumed: MRQ | None = None
         # From the command line; none if not positive
         self._n_timesteps_given = self.n_timesteps
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self.algo != "mrq":
+        if self.algo not in ALGORITHMS:
             return super().read_hyperparameters()
         if self.config.endswith((".yml", ".yaml")):
             check_configuration_file(Path(self.config))
@@ -141,7 +142,7 @@ class MRQExperimentManager(ExperimentManager):
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         checkpoint = Path(self.trained_agent).parent
         name = NAME.fullmatch(checkpoint.name)
-        if self.algo != "mrq" or name is None:
+        if self.algo not in ALGORITHMS or name is None:
             return super()._load_pretrained_agent(hyperparams, env)
         print(f"Resuming from the checkpoint {checkpoint}")
         if (checkpoint / VEC_NORMALIZE).exists() and not self.normalize:
@@ -157,7 +158,7 @@ class MRQExperimentManager(ExperimentManager):
                     callback.save_path = source
         # As in rl-zoo3, but the seed is kept, as the environments derive theirs from it
         kwargs = {name: value for name, value in hyperparams.items() if name not in ("policy", "policy_kwargs")}
-        self._resumed = MRQ.resume(
+        self._resumed = ALGORITHMS[self.algo].resume(
             source,
             env,
             self.device,

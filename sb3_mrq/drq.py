@@ -57,7 +57,7 @@ class DRQ(MRQ):
     :param encoder_horizon: Horizon over which the encoder predicts
     :param target_update_interval: training steps between replacements of the targets, each followed by as many encoder updates
     :param encoder_learning_rate: learning rate of the encoder, a number or a schedule
-    :param exploration_noise: standard deviation of the noise added to actions scaled to [-1, 1], half of it for discrete actions
+    :param exploration_noise: standard deviation of the noise on actions scaled to [-1, 1], half of it for discrete actions
     :param target_policy_noise: standard deviation of the target policy's smoothing noise
     :param target_noise_clip: bound on the smoothing noise
     :param max_grad_norm: bound on the gradient norm of the value heads, None (the default) for no bound

@@ -227,8 +227,8 @@ class Learner:
         self, samples: SubtrajectorySamples, predictions: Predictions, target_z_s: th.Tensor
     ) -> dict[str, tuple[float | th.Tensor, th.Tensor]]:
         """
-        The terms of the encoder loss (equation 17 of the paper) whose weight is not zero. A subclass adds others; each is logged as
-        ``{name}_loss``.
+        The terms of the encoder loss (equation 17 of the paper); termination and InfoNCE only if their weight is not zero. A
+        subclass adds others. Each is logged as ``{name}_loss``.
 
         :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
         :param predictions: of the online encoder

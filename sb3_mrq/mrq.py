@@ -86,7 +86,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
     :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
         matrix products and activations in bfloat16. ``"auto"`` is bfloat16 on processors with AMX or AVX512-BF16 for vector
-        observations and layers of this package and of torch, else float32. See :doc:`/performance`.
+        observations and layers of this package and of torch, else float32. See the page on performance.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
         starts, and to capture whole training steps as CUDA graphs on a CUDA device. ``"auto"`` captures them there if
         possible, without compiling, and compiles on a CPU if the run is planned for at least ``COMPILE_FROM`` steps after the

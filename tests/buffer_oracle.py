@@ -74,19 +74,33 @@ class BufferOracle:
     :param n_steps: length of the n-step returns
     :param frames: frames in a stack that is stored as single frames (1: observations are stored whole). A transition
         leaves with the oldest frame that its observation needs
+    :param fade: factor of a transition's probability for each one that is stored after it
+    :param fade_min: the factor falls no lower
     """
 
-    def __init__(self, buffer_size: int, n_envs: int, horizon: int, n_steps: int, frames: int = 1):
+    def __init__(
+        self,
+        buffer_size: int,
+        n_envs: int,
+        horizon: int,
+        n_steps: int,
+        frames: int = 1,
+        fade: float = 1.0,
+        fade_min: float = 1.0,
+    ):
         self.places = buffer_size // n_envs
         self.n_envs = n_envs
         self.horizon = horizon
         self.n_steps = n_steps
         self.frames = frames
+        self.fade = fade
+        self.fade_min = fade_min
         self.reset()
 
     def reset(self) -> None:
         self.envs = [OracleEnv() for _ in range(self.n_envs)]
         self.max_priority = 1.0
+        self.n_added = 0
         self.has_terminated = False
 
     # -- storing -------------------------------------------------------------------------------------------------------
@@ -134,6 +148,7 @@ class BufferOracle:
             env.places_written += 1  # the first observation of the stretch
         place = env.places_written - 1  # that of the newest observation
         env.places_written += 1  # next_obs
+        self.n_added += 1
         stretch.transitions.append(
             {
                 "observation": obs,
@@ -142,6 +157,7 @@ class BufferOracle:
                 "terminated": terminated,
                 "next_observation": next_obs,
                 "priority": None,
+                "number": self.n_added,
                 "oldest_place": max(stretch.first_place, place - self.frames + 1),
             }
         )
@@ -194,9 +210,12 @@ class BufferOracle:
         return starts
 
     def probabilities(self) -> dict[bytes, float]:
-        starts = self.sampleable()
-        total = sum(following[0]["priority"] for following in starts.values())
-        return {key: following[0]["priority"] / total for key, following in starts.items()}
+        weights = {}
+        for key, (transition, *_) in self.sampleable().items():
+            age = self.n_added - transition["number"]
+            weights[key] = transition["priority"] * max(self.fade**age, self.fade_min)
+        total = sum(weights.values())
+        return {key: weight / total for key, weight in weights.items()}
 
     def subtrajectory(self, following: list[Transition], length: int) -> dict[str, list]:
         """

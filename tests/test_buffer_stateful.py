@@ -4,6 +4,7 @@ Any sequence of calls gives the same result as the naive oracle in ``buffer_orac
 ``SB3_MRQ_HYPOTHESIS_PROFILE=long`` searches for longer.
 """
 
+import io
 import os
 import pickle
 import warnings
@@ -19,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.losses import n_step_return
+from sb3_mrq.persist.replay_files import read_replay_buffer, write_replay_buffer
 
 LONG = os.environ.get("SB3_MRQ_HYPOTHESIS_PROFILE") == "long"
 SETTINGS = settings(
@@ -221,7 +223,7 @@ class BufferMachine(RuleBasedStateMachine):
     world: VectorWorld
     keeps_frames = True  # whether it is known from the start that stacks are stored as single frames
 
-    def set_up(self, n_envs: int, horizon: int, n_steps: int, spare_places: int, remainder: int) -> None:
+    def set_up(self, n_envs: int, horizon: int, n_steps: int, spare_places: int, remainder: int, **fading: float) -> None:
         self.n_envs = n_envs
         self.horizon = horizon
         self.n_steps = n_steps
@@ -236,13 +238,15 @@ class BufferMachine(RuleBasedStateMachine):
             n_envs=n_envs,
             horizon=horizon,
             n_steps=n_steps,
+            **fading,
         )
+        self.fading = fading
         self.oracles = self.make_oracles()
         self.newest: list[Observation | None] = [None] * n_envs  # None: the next observation starts an episode
         self.seen_indices: set[int] = set()
 
     def make_oracles(self) -> list[BufferOracle]:
-        return [BufferOracle(self.buffer_size, self.n_envs, self.horizon, self.n_steps, self.world.frames)]
+        return [BufferOracle(self.buffer_size, self.n_envs, self.horizon, self.n_steps, self.world.frames, **self.fading)]
 
     @rule(steps=STEPS)
     def add(self, steps):
@@ -403,6 +407,35 @@ class VectorMachine(PriorityMachine):
         self.set_up(**shape)
 
 
+class FadingMachine(PriorityMachine):
+    """Priorities fade with age, so fast that transitions reach the lowest factor within the buffer, or never."""
+
+    @initialize(fade=st.sampled_from([0.3, 0.9, 0.98]), fade_min=st.sampled_from([0.0, 0.1, 0.5, 0.95]), **SHAPE)
+    def start(self, **shape):
+        self.world = VectorWorld()
+        self.set_up(**shape)
+
+    @rule()
+    def save_to_a_file(self):
+        file = io.BytesIO()
+        write_replay_buffer(file, self.buffer)
+        file.seek(0)
+        self.buffer = read_replay_buffer(file, self.buffer)
+
+    @invariant()
+    def sums_are_right(self):
+        """What draws are made from, level by level."""
+        tree = self.buffer._priorities
+        weights = tree.weight(th.arange(tree.capacity))
+        for level in range(len(tree.levels)):
+            nodes = th.arange(len(tree.levels[level]))
+            expected = th.zeros(tree.levels[level].shape, dtype=th.float64).view(-1)
+            expected[: len(weights)] = weights
+            ours = tree._weights(level, nodes)
+            np.testing.assert_allclose(ours.view(-1), expected, rtol=1e-9)
+            weights = ours.sum(dim=1)
+
+
 class DictMachine(PriorityMachine):
     @initialize(stacked=st.booleans(), zeros=st.booleans(), **SHAPE)
     def start(self, stacked, zeros, **shape):
@@ -460,10 +493,11 @@ class MessyMachine(BufferMachine):
 
 
 TestVector = VectorMachine.TestCase
+TestFading = FadingMachine.TestCase
 TestDict = DictMachine.TestCase
 TestStack = StackMachine.TestCase
 TestMessy = MessyMachine.TestCase
 
-for test_case in (TestVector, TestDict, TestStack, TestMessy):
+for test_case in (TestVector, TestFading, TestDict, TestStack, TestMessy):
     test_case.settings = SETTINGS
 del test_case

@@ -180,13 +180,12 @@ class Episodes:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("zero_filled", [True, False], ids=["zeros", "copies"])
 @pytest.mark.parametrize("n_envs", [1, 3])
-@pytest.mark.parametrize("kind", OBSERVATIONS)
-def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
+@pytest.mark.parametrize("kind, fade", [(kind, 1.0) for kind in OBSERVATIONS] + [("vector", 0.97)])
+def test_copy_is_the_buffer(kind, fade, n_envs, zero_filled, device):
     """After any adds and new priorities, rings that wrap included, the copy gives what the buffer gives."""
     space = deepcopy(OBSERVATIONS[kind])
-    buffer, twin = (
-        SubtrajectoryReplayBuffer(60 * n_envs, space, BOX, device="cpu", n_envs=n_envs, horizon=4, n_steps=3) for _ in range(2)
-    )
+    arguments = dict(n_envs=n_envs, horizon=4, n_steps=3, fade=fade)
+    buffer, twin = (SubtrajectoryReplayBuffer(60 * n_envs, space, BOX, device="cpu", **arguments) for _ in range(2))
     episodes = Episodes(space, n_envs, zero_filled, seed=n_envs)
     random = np.random.default_rng(0)
     copy = None
@@ -204,7 +203,8 @@ def test_copy_is_the_buffer(kind, n_envs, zero_filled, device):
         on_device = th.from_numpy(indices).to(device)
         assert equal(buffer.read(copy.slots, on_device, buffer.horizon), twin.get_subtrajectories(indices))
         assert equal(buffer.read_n_step(copy.slots, on_device), twin.get_n_step(indices))
-        ours = copy.priorities.get(th.arange(60 * n_envs, device=device)).cpu().numpy()
+        ours = copy.priorities.weight(th.arange(60 * n_envs, device=device)).cpu().numpy()
+        np.testing.assert_allclose(copy.priorities.total, ours.sum(), rtol=1e-12)
         assert np.array_equal(np.flatnonzero(ours), indices)
         np.testing.assert_allclose(ours[indices] / ours.sum(), probabilities, rtol=1e-12)
         # Drawn from there, and with new priorities as of training

@@ -13,7 +13,7 @@ import torch as th
 from envs import BOX, TINY, TINY_POLICY, VECTOR, SpaceEnv
 from helpers import snapshot
 
-from sb3_mrq import MRQ, MlpPolicy
+from sb3_mrq import DRQ, MRQ, MlpPolicy
 from sb3_mrq.accelerate.graphs import Graph
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.buffers.priorities import PriorityTree
@@ -108,6 +108,7 @@ MEMBERS = [
     *(WithSmallPredictions, WithoutTermination, WithMean, WithOtherPriorities, WithOtherRewards),
     *(WithSearch, WithoutClipAndScale),
 ]
+WITH_SIBLINGS = [*MEMBERS, DRQ]
 
 
 class TerminatingEnv(SpaceEnv):
@@ -140,7 +141,7 @@ def logged(model):
 
 
 @pytest.mark.filterwarnings("error:.*could not be")
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", WITH_SIBLINGS)
 def test_member(member, mode):
     """It trains, in every mode to much the same weights, and to other ones than MR.Q."""
     model, eager, plain = train(member, mode), train(member, "eager"), train(MRQ, "eager")

@@ -132,7 +132,9 @@ def test_encoder_updates(golden):
         metrics = golden.update_encoder()
         if update in expected:
             np.testing.assert_allclose(metrics.encoder_loss.item(), golden.arrays[expected[update]], rtol=1e-5)
-            assert_same_weights(golden.policy.encoder, golden.weights(f"{golden.encoder_case}/after{update}"), golden.weights("init"))
+            assert_same_weights(
+                golden.policy.encoder, golden.weights(f"{golden.encoder_case}/after{update}"), golden.weights("init")
+            )
 
 
 def test_value_and_policy_updates(golden):
@@ -166,10 +168,9 @@ class TestDRQ:
         with th.no_grad():
             predicted = encoder.unroll(encoder.state(obs[:, 0]), actions).z_s
             target = th.stack([golden.policy.encoder_target.state(obs[:, t + 1]) for t in range(5)], dim=1)
-        everything, mask = th.ones_like(terminated), continuation_mask(terminated)
         for mask, expected in (
-            (everything, golden["encoder_nonterminal/infonce1"]),
-            (mask, golden["encoder/infonce_masked_both1"]),
+            (th.ones_like(terminated), golden["encoder_nonterminal/infonce1"]),
+            (continuation_mask(terminated), golden["encoder/infonce_masked_both1"]),
         ):
             terms = [losses.infonce_loss(*(part[:, t : t + 1] for part in (predicted, target, mask))) for t in range(5)]
             np.testing.assert_allclose(terms, expected, rtol=1e-5)

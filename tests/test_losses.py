@@ -18,6 +18,7 @@ from sb3_mrq import losses
 from sb3_mrq.buffers import SubtrajectorySamples
 from sb3_mrq.learner import Learner
 from sb3_mrq.losses import (
+    infonce_loss,
     n_step_return,
     policy_loss,
     reward_bins,
@@ -61,7 +62,10 @@ def encoder_loss(
     """The terms of the learner, summed up."""
     learner = SimpleNamespace(
         hyperparameters=SimpleNamespace(
-            dynamics_loss_weight=dynamics_weight, reward_loss_weight=reward_weight, termination_loss_weight=termination_weight
+            dynamics_loss_weight=dynamics_weight,
+            reward_loss_weight=reward_weight,
+            termination_loss_weight=termination_weight,
+            infonce_loss_weight=0.0,
         ),
         encoder=SimpleNamespace(predictor=SimpleNamespace(bins=bins)),
         termination_switch=1.0,
@@ -69,7 +73,8 @@ def encoder_loss(
     samples = SubtrajectorySamples(None, None, rewards, terminated, mask)
     predictions = Predictions(predicted_terminated, predicted_z_s, reward_logits)
     terms = Learner.encoder_terms(learner, samples, predictions, target_z_s)
-    return EncoderLoss(sum(weight * term for weight, term in terms.values()), *(term for _, term in terms.values()))
+    values = {"termination": torch.zeros(())} | {name: term for name, (_, term) in terms.items()}
+    return EncoderLoss(sum(weight * term for weight, term in terms.values()), **values)
 
 
 def value_target(returns, discount, next_q, *scales):
@@ -532,14 +537,13 @@ def test_encoder_loss_means_run_over_the_whole_batch():
 
 @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0, dtype=torch.float64)], ids=["float", "tensor"])
 def test_encoder_loss_without_the_termination_term(zero):
-    """Section 3: with weight 0 the term is neither in the total nor in the gradients, and is still reported."""
+    """Section 3: with weight 0 the term is neither in the total nor in the gradients."""
     inputs = encoder_inputs(6)
     tensors = to_torch(*inputs, SMALL_BINS)
     predictions = [tensors[position].requires_grad_() for position in (0, 2, 4)]
     loss = encoder_loss(*tensors, termination_weight=zero)
-    dynamics, reward, termination = numpy_encoder_terms(*inputs)
+    dynamics, reward, _ = numpy_encoder_terms(*inputs)
     assert loss.total.item() == pytest.approx(dynamics + 0.1 * reward, rel=1e-10)
-    assert loss.termination.item() == pytest.approx(termination, rel=1e-10)
     on_terminated = torch.autograd.grad(loss.total, predictions, allow_unused=True)[2]
     assert on_terminated is None or torch.all(on_terminated == 0.0)
 
@@ -574,6 +578,76 @@ def test_encoder_loss_with_rewards_beyond_the_bins(reward):
     assert loss.reward.item() == pytest.approx(numpy_encoder_terms(*inputs)[1], rel=1e-10)
     (gradient,) = gradients(loss.total, tensors[2])
     assert np.isfinite(gradient).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# InfoNCE, of DR.Q
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def numpy_infonce(predicted, target, mask, temperature):
+    """Row by row: similarity to its own target against those of all rows that are alive at this step."""
+    total = 0.0
+    for t in range(mask.shape[1]):
+        alive = np.flatnonzero(mask[:, t])
+        for i in alive:
+            similarities = [
+                predicted[i, t] @ target[k, t] / np.linalg.norm(predicted[i, t]) / np.linalg.norm(target[k, t]) / temperature
+                for k in alive
+            ]
+            own = similarities[list(alive).index(i)]
+            total += np.log(np.sum(np.exp(np.array(similarities) - own)))
+    return total / len(mask)
+
+
+def infonce_inputs(seed, batch_size=6, horizon=3, z_dim=4):
+    rng = np.random.default_rng(seed)
+    mask = random_mask(rng, batch_size, horizon)
+    return rng.normal(size=(batch_size, horizon, z_dim)), rng.normal(size=(batch_size, horizon, z_dim)), mask
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_infonce_matches_numpy(temperature):
+    predicted, target, mask = infonce_inputs(0)
+    tensors = to_torch(predicted, target, mask)
+    tensors[0].requires_grad_()
+    loss = infonce_loss(*tensors, temperature)
+    assert loss.item() == pytest.approx(numpy_infonce(predicted, target, mask, temperature), rel=1e-10)
+    (gradient,) = gradients(loss, tensors[0])
+    expected = numeric_gradient(lambda *inputs: numpy_infonce(*inputs, temperature), [predicted, target, mask], 0)
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+    assert not gradient[mask == 0].any()
+
+
+def test_infonce_ignores_what_the_mask_hides():
+    predicted, target, mask = to_torch(*infonce_inputs(1))
+    loss = infonce_loss(predicted, target, mask)
+    hidden = mask == 0
+    assert hidden.any()
+    for values in (predicted, target):
+        changed = values.clone()
+        changed[hidden] = 1e6
+        assert infonce_loss(*(changed if each is values else each for each in (predicted, target)), mask) == loss
+    # A prediction that is zero has no direction, and still a gradient
+    predicted[0, 0] = 0
+    predicted.requires_grad_()
+    assert np.isfinite(gradients(infonce_loss(predicted, target, mask), predicted)[0]).all()
+
+
+def test_infonce_of_what_tells_nothing_is_the_logarithm_of_the_batch():
+    """One value for all rows, at each step of the horizon."""
+    z_s, mask = torch.ones(256, 5, 8), torch.ones(256, 5)
+    assert infonce_loss(z_s, z_s, mask).item() == pytest.approx(5 * np.log(256), rel=1e-6)
+
+
+def test_infonce_keeps_its_digits_in_float32():
+    """At the sizes of the paper; bfloat16 embeddings, as of training in that precision, compared in float32."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(256, 5, 512, generator=generator)
+    predicted = (target + 0.5 * torch.randn(256, 5, 512, generator=generator)).bfloat16().float()
+    mask = torch.ones(256, 5)
+    exact = infonce_loss(predicted.double(), target.double(), mask.double()).item()
+    assert infonce_loss(predicted, target, mask).item() == pytest.approx(exact, rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """
 Sampling of indices in proportion to their priorities, cheaper than a pass over all of them.
 
-What changes priorities is written in the methods that arrays of NumPy and tensors have in common: for the few indices of a step
-NumPy is four times as fast.
+Code that changes priorities uses what NumPy arrays and tensors have in common: for the few indices of a step NumPy is four
+times as fast.
 """
 
 import math
@@ -174,9 +174,9 @@ class FadedPriorityTree(PriorityTree):
     Priorities that fade with the age of a transition, the number of transitions stored after it: the weight of an index is
     priority times ``max(fade_min, fade ** age)`` (DR.Q, Lyu et al., 2026, arXiv 2605.11711).
 
-    The leaves are the priorities. Each node above holds two sums: of the weights of *old* transitions, which have faded to
-    ``fade_min``, and of *recent* ones. One more transition changes all recent weights by the same factor, which is kept apart, and
-    moves one transition from recent to old.
+    The leaves are the priorities. Each node above holds two sums: the weights of *old* transitions, which have faded to
+    ``fade_min``, and those of *recent* ones. A new transition changes all recent weights by the same factor, which is kept
+    apart, and turns at most one recent transition into an old one.
 
     :param capacity: number of indices, at least 1
     :param device: of the tree, and of everything that it takes and returns; the host if None

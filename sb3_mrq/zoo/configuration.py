@@ -1,5 +1,6 @@
 """
-Configuration files of rl-zoo3 for ``mrq`` and ``drq``: location of the default file, and validation with file and line in the messages.
+Configuration files of rl-zoo3 for ``mrq`` and ``drq``: location of the default file, and validation with file and line in
+the messages.
 """
 
 import difflib
@@ -49,7 +50,8 @@ def default_configuration(algo: str) -> Path:
     package = Path(sb3_mrq.__file__).parent
     # Next to the package in the repository, inside it when installed from a wheel
     folders = [package / "hyperparams", package.parent / "hyperparams"]
-    return next((path for path in (folder / f"{algo}.yml" for folder in folders) if path.is_file()), folders[0] / f"{algo}.yml")
+    paths = [folder / f"{algo}.yml" for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def closest(name: str, names: Iterable[str]) -> str:

@@ -15,8 +15,9 @@ from sb3_mrq.zoo.hyperparams_opt import convert_mrq_params, sample_mrq_params
 
 def register() -> None:
     """
-    Register MRQ and DRQ as the algorithms ``mrq`` and ``drq`` of rl-zoo3: classes, default configurations, hyperparameter search,
-    and the benchmark tasks of :mod:`sb3_mrq.envs`. Other algorithms are not affected, and repeated calls have no effect.
+    Register MRQ and DRQ as the algorithms ``mrq`` and ``drq`` of rl-zoo3: classes, default configurations, hyperparameter
+    search, and the benchmark tasks of :mod:`sb3_mrq.envs`. Other algorithms are not affected, and repeated calls have no
+    effect.
     """
     for name, algorithm in ALGORITHMS.items():
         ALGOS[name] = algorithm

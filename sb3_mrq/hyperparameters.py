@@ -121,7 +121,12 @@ def check_hyperparameters(model: Any) -> None:
         raise ValueError(
             f"action_noise is for Box actions, not {model.action_space}: leave it out and set exploration_noise instead."
         )
-    for name, of_model in (("horizon", "encoder_horizon"), ("n_steps", "n_steps")):
+    for name, of_model in (
+        ("horizon", "encoder_horizon"),
+        ("n_steps", "n_steps"),
+        ("fade", "replay_fade"),
+        ("fade_min", "replay_fade_min"),
+    ):
         if name in model.replay_buffer_kwargs:
             raise ValueError(f"replay_buffer_kwargs sets {name}, but the model must know: pass it {of_model} instead.")
     if model.replay_buffer_class is not None and not issubclass(model.replay_buffer_class, SubtrajectoryReplayBuffer):
@@ -146,6 +151,8 @@ def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
         ("number of environments", replay_buffer.n_envs, model.n_envs),
         ("horizon", replay_buffer.horizon, model.encoder_horizon),
         ("n_steps", replay_buffer.n_steps, model.n_steps),
+        ("replay_fade", replay_buffer.fade, model.replay_fade),
+        ("replay_fade_min", replay_buffer.fade_min, model.replay_fade_min),
         ("observation space", replay_buffer.observation_space, model.observation_space),
         ("action space", replay_buffer.action_space, model.action_space),
     ):

@@ -44,7 +44,7 @@ class PriorityTree:
             self.levels.append(self._zeros(nodes))
 
     def _zeros(self, nodes: int, dtype: type = np.float64) -> th.Tensor:
-        zeros = np.zeros((nodes, self.fan_out), dtype=dtype)
+        zeros: np.ndarray = np.zeros((nodes, self.fan_out), dtype=dtype)
         return th.from_numpy(zeros) if self.device is None else th.as_tensor(zeros, device=self.device)
 
     @property

@@ -91,7 +91,10 @@ class SegmentStorage(ReplayBuffer):
         self.handle_timeout_termination = handle_timeout_termination
         if horizon < 1 or n_steps < 1:
             raise ValueError(f"horizon ({horizon}) and n_steps ({n_steps}) must be at least 1.")
-        if fade < 1 and fade_min < 1:
+        if not (0 < fade <= 1 and 0 <= fade_min <= 1):
+            raise ValueError(f"fade ({fade}) must be above 0 and at most 1, and fade_min ({fade_min}) between 0 and 1.")
+        self.fade, self.fade_min = fade, fade_min
+        if self.fades:
             self.priorities_class = partial(FadedPriorityTree, fade=fade, fade_min=fade_min)
         # As in ReplayBuffer, from here on the size for each environment
         self.buffer_size = max(buffer_size // n_envs, 1)
@@ -130,6 +133,11 @@ class SegmentStorage(ReplayBuffer):
         self._length = np.zeros(self.n_envs, dtype=np.int64)
         self._last_next_obs: dict[str | None, np.ndarray] = {}
         self._copy: Copy | None = None
+
+    @property
+    def fades(self) -> bool:
+        """Whether the probability of a transition falls with its age."""
+        return self.fade < 1 and self.fade_min < 1
 
     def check_size(self) -> None:
         """

@@ -241,6 +241,13 @@ def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: b
             if theirs != ours:
                 both = (show_space(value) if isinstance(value, dict) else value for value in (theirs, ours))
                 raise other_buffer_error(name, *both)
+        has_ages = any(name == "stored_at" for name, *_ in header["arrays"])
+        if header["numbers"]["storages"] and has_ages != like.fades:
+            how = "with" if has_ages else "without"
+            raise ValueError(
+                f"The replay buffer was saved {how} the ages of its transitions, but the model has replay_fade={like.fade} and "
+                f"replay_fade_min={like.fade_min}. Set replay_fade as when the buffer was saved, or start with an empty buffer."
+            )
         buffer = like.empty_copy(header["buffer_size"])
     except (KeyError, TypeError) as error:
         raise ReplayFileError(f"its header cannot be understood: {error!r}") from error

@@ -32,15 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
-# Steps that each `learn` on a page takes here at most. The more, the closer to what a reader sees, and the longer it takes.
+# Maximum number of steps of each `learn` on a page
 STEPS = int(os.environ.get("SB3_MRQ_DOCS_STEPS", "30"))
 SHORTEN = f"""
 from sb3_mrq import MRQ
 
 def shorten(init=MRQ.__init__, learn=MRQ.learn):
+    small = dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_sa_dim=8, z_a_dim=4)
+
     def short_init(self, *args, _init_setup_model=True, **kwargs):
         if _init_setup_model:
             kwargs |= dict(learning_starts={STEPS // 2}, batch_size=8, target_update_interval=2)
+            kwargs["policy_kwargs"] = small | kwargs.get("policy_kwargs", {{}})
         init(self, *args, _init_setup_model=_init_setup_model, **kwargs)
 
     def short_learn(self, total_timesteps, *args, **kwargs):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ class TestStudy:
 
         def start(command, env, **_):
             started.append(env["PYTHONPATH"])
-            imported = subprocess.run([*command[:3], "--help"], env=env, capture_output=True, text=True)
+            imported = fork_server.run([*command[:3], "--help"], kind="zoo", env=env)
             assert "No module named" not in imported.stderr and "not enough values" in imported.stderr
 
         monkeypatch.setattr(study, "start", start)
@@ -203,7 +204,7 @@ class TestStudy:
         assert not run.can_resume()
 
     @pytest.mark.usefixtures("forked")
-    def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
+    def test_is_not_finished_without_its_last_training_steps(self, tmp_path, monkeypatch):
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
         assert study.execute(run) is not None
@@ -371,14 +372,13 @@ class TestEnds:
             pytest.importorskip("ray")
         arguments += ["--backend", backend, "--jobs", "1"]
         run = study.parse(arguments)[1][0]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.study", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            # As in the background of a script
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        )
+        command = [sys.executable, "-m", "benchmarks.study", *arguments]
+        # Without SIGINT, as in the background of a script
+        if fork_server.ENABLED and backend == "local":
+            process = fork_server.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, ignore_ctrl_c=True, kind="zoo")
+        else:
+            ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
         # Ray takes its time
         wait_for((run.folder / "evaluations.csv").exists, seconds=60 if backend == "local" else 300)
         yield process, run
@@ -585,7 +585,7 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
 @pytest.mark.filterwarnings("ignore:Nothing will be learned")
 @pytest.mark.parametrize("step", [20, 45])
 def test_signal_in_an_evaluation(step, tmp_path):
-    """The evaluation is finished, and not made again where the run goes on."""
+    """The evaluation is finished, and the resumed run does not repeat it."""
     path = tmp_path / "evaluations.csv"
 
     class Ends(SpaceEnv):

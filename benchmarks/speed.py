@@ -10,8 +10,8 @@ and measure the memory of the replay buffer, compared with SB3's.
     python -m benchmarks.speed --out benchmarks/results/speed.json
     python -m benchmarks.speed --device cuda --train HalfCheetah-v5 ALE/Pong-v5
 
-The sizes are HalfCheetah's: 17 observations, 6 actions, batch 256. Images are three of 84 x 84 in colour. Every ratio is of two
-figures of the same run.
+The sizes are HalfCheetah's: 17 observations, 6 actions, batch 256. Images are three of 84 x 84 in colour. Every ratio is of
+two figures of the same run.
 """
 
 import argparse
@@ -445,7 +445,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each figure (default: %(default)s)")
     parser.add_argument("--without-compiling", action="store_true", help="leave out compiled updates")
     parser.add_argument("--train", nargs="*", default=[], metavar="ENV", help="environments in which to time whole training")
-    parser.add_argument("--train-steps", type=int, default=2_000, help="environment steps of whole training (default: %(default)s)")
+    parser.add_argument(
+        "--train-steps", type=int, default=2_000, help="environment steps of whole training (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args(arguments)
     if args.threads:

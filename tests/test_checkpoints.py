@@ -149,7 +149,7 @@ def test_schedule_does_not_depend_on_interruptions(tmp_path):
 def test_checkpoints_of_another_run_are_left(tmp_path):
     learn(tiny_model(SpaceEnv()), tmp_path, 30, 10)
     learn(tiny_model(SpaceEnv()), tmp_path, 25, 10, keep_last=1)
-    # Newest is what was written last
+    # The last one written is the newest
     assert steps(tmp_path) == [25, 30, 20]
     assert MRQ.resume(tmp_path, SpaceEnv(), device="cpu").num_timesteps == 25
     learn(tiny_model(SpaceEnv()), tmp_path, 5, 10, name_prefix="other")
@@ -187,7 +187,7 @@ def test_within_another_callback(tmp_path):
 
 
 def test_none_of_a_model_that_has_diverged(tmp_path):
-    """It would take the place of one that training can go on from."""
+    """It would replace one from which training can go on."""
     model = tiny_model(SpaceEnv())
     learn(model, tmp_path, 20, 10, keep_last=1)
     with th.no_grad():

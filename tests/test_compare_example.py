@@ -1,6 +1,6 @@
 """
-The example that compares algorithms trains them all alike, records every evaluation and draws it. tests/test_readme.py runs it with
-continuous actions.
+The example that compares algorithms trains them all alike, records every evaluation and draws it. tests/test_readme.py runs it
+with continuous actions.
 """
 
 import csv

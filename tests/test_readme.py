@@ -1,6 +1,6 @@
 """
-Every command and snippet of the README is executed, one after the other in one folder. Long ones are shortened: shell functions
-replace the commands and add arguments, which override earlier ones.
+Every command and snippet of the README is executed, one after the other in one folder. Long ones are shortened: shell
+functions replace the commands and add arguments, which override earlier ones.
 """
 
 import os

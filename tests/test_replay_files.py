@@ -422,7 +422,7 @@ def test_failed_save_leaves_the_file_that_was_there(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_little_memory():
-    """Neither file nor buffer is ever in memory twice, and places never written to are not touched by loading."""
+    """Neither file nor buffer is ever in memory twice, and loading does not touch unused slots."""
 
     def resident():
         with open("/proc/self/statm") as file:

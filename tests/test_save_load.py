@@ -1,5 +1,5 @@
 """
-What is saved is all that training depends on, and what is loaded trains and acts on.
+Saving includes everything that training depends on, and loaded models train and act.
 """
 
 import io
@@ -271,7 +271,7 @@ def test_get_and_set_parameters(trained):
         assert_equal(getattr(other, name).optimizer.state_dict(), getattr(model, name).optimizer.state_dict())
     # The units of the values
     assert (other.reward_scale, other.target_reward_scale) == (model.reward_scale, model.target_reward_scale)
-    # In place: what learns is what acts
+    # In place: the networks that learn also act
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
 

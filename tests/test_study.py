@@ -1,5 +1,5 @@
 """
-Studies: every run is made once and none is lost, what fails is told, and evaluations are what they are said to be.
+Studies: every run is made once, none is lost, failures are reported, and evaluations are right.
 """
 
 import csv
@@ -60,7 +60,7 @@ class TestStudy:
             assert message in capsys.readouterr().err
 
     def test_variants(self):
-        """Precisions by name, as what MRQ chooses by default is a matter of the machine."""
+        """Precisions by name, as the default depends on the machine."""
         for precision in ("float32", "bfloat16"):
             _, (run,) = study.parse(["--tasks", "Pendulum-v1", "--algos", f"mrq-{precision}", *TINY, "--out", "x"])
             command = run.command()
@@ -87,7 +87,7 @@ class TestStudy:
         assert set(theirs) - set(section) == {"env_wrapper", "frame_stack"}
         assert section == {name: theirs[name] for name in section}
         assert study.zoo_section("sac", "ALE/Pong-v5") is None
-        # That of MR.Q is the same, in the configuration of this package
+        # The configuration of this package has the same for MR.Q
         ours = yaml.safe_load((ROOT / "hyperparams" / "mrq.yml").read_text())["atari"]
         assert ours["env_wrapper"] == "sb3_mrq.envs.AtariWrapper" and "frame_stack" not in ours
         run = study.parse(["--tasks", "ALE/Pong-v5", "--algos", algorithm, *TINY, "--out", str(tmp_path)])[1][0]
@@ -103,7 +103,7 @@ class TestStudy:
         assert [run.seed for run in study.parse(arguments)[1]] == [0, 0, 1, 1]
 
     def test_each_run_once(self):
-        """Two runs of one folder would be in each other's way."""
+        """Two runs cannot share a folder."""
         _, runs = study.parse(["--tasks", "Pendulum-v1", "Pendulum-v1", "--algos", "mrq, sac,mrq", *TINY, "--out", "x"])
         assert [run.algorithm for run in runs] == ["mrq", "sac"]
 
@@ -171,7 +171,7 @@ class TestStudy:
         folder = tmp_path / "runs" / "mrq-1-step" / "Pendulum-v1" / "seed0"
         assert "n_steps" in next(folder.glob("zoo/**/config.yml")).read_text()
 
-        # Finished ones stay as they are, one that was broken off begins anew
+        # Finished runs are left alone, an interrupted one starts again
         record = tmp_path / "runs" / "sac" / "Pendulum-v1" / "seed0" / "run.json"
         before = record.stat().st_mtime_ns, (folder / "run.json").stat().st_mtime_ns
         record.write_text(json.dumps({"versions": "", "machine": ""}))
@@ -181,7 +181,7 @@ class TestStudy:
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
     @pytest.mark.usefixtures("forked")
-    def test_goes_on_where_it_was_broken_off(self, tmp_path, monkeypatch):
+    def test_resumes_an_interrupted_run(self, tmp_path, monkeypatch):
         """A run of MRQ that is killed goes on from its last checkpoint, and its evaluations do too."""
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, KILLED))
@@ -213,7 +213,7 @@ class TestStudy:
         rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
         assert [row["step"] for row in rows] == ["0", "20", "40"]
 
-    def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
+    def test_errors_of_the_study_stop_no_other_run(self, tmp_path, monkeypatch):
         runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
 
         def execute(run):
@@ -231,7 +231,7 @@ class TestStudy:
         runs[0].folder.mkdir(parents=True)
         (runs[0].folder / "run.json").write_text(json.dumps({"settings": runs[0].settings}))
         assert runs[0].finished() and not runs[1].finished()
-        # Those of a study that wrote down what it ran on
+        # A study that recorded its device
         elsewhere = {**runs[0].settings, "device": "cuda:3"}
         (runs[0].folder / "run.json").write_text(json.dumps({"settings": elsewhere, "versions": "", "machine": ""}))
         assert runs[0].finished() and len(study.finished_runs(tmp_path)) == 1
@@ -335,7 +335,7 @@ class TestStudy:
             study.gpu_share(*of) for of in (("cuda", True), ("cuda:1", True), ("auto", True), ("auto", False), ("cpu", True))
         ]
         assert shares == [0.5, 0.5, 0.5, 0, 0]
-        assert study.gpu_share("cuda", False) == 0.5  # of a cluster that grows where it is needed
+        assert study.gpu_share("cuda", False) == 0.5  # a cluster that grows on demand
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def forked(monkeypatch):
     """Studies of this process start their runs as forks, see fork_server.py."""
 
     def start(command, *, env, **kwargs):
-        # The parent of a fork is another process, whose end it would take for that of the study
+        # The parent of a fork is the fork server, not the study
         env = {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
         return fork_server.Popen(command, env=env, kind="zoo", **kwargs)
 

@@ -34,7 +34,7 @@ def test_the_same_policy(space, name, tmp_path, monkeypatch):
     assert (other.reward_scale, other.target_reward_scale) == (model.reward_scale, model.target_reward_scale)
     obs = SpaceEnv(space).observation_space.sample()
     np.testing.assert_array_equal(other.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
-    # What learns is what was loaded
+    # The loaded weights learn
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import fork_server
 import imageio_ffmpeg
 import numpy as np
-import pandas as pd
 import pytest
 
 from sb3_mrq import MRQ

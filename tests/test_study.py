@@ -123,7 +123,7 @@ class TestStudy:
 
         def start(command, env, **_):
             started.append(env["PYTHONPATH"])
-            imported = fork_server.run([*command[:3], "--help"], kind="zoo", env=env)
+            imported = fork_server.run([*command[:3], "--help"], kind="zoo", env=without_parent(env))
             assert "No module named" not in imported.stderr and "not enough values" in imported.stderr
 
         monkeypatch.setattr(study, "start", start)
@@ -338,14 +338,17 @@ class TestStudy:
         assert study.gpu_share("cuda", False) == 0.5  # a cluster that grows on demand
 
 
+def without_parent(env):
+    """The environment for a fork, whose parent is the fork server and not the study."""
+    return {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
+
+
 @pytest.fixture
 def forked(monkeypatch):
     """Studies of this process start their runs as forks, see fork_server.py."""
 
     def start(command, *, env, **kwargs):
-        # The parent of a fork is the fork server, not the study
-        env = {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
-        return fork_server.Popen(command, env=env, kind="zoo", **kwargs)
+        return fork_server.Popen(command, env=without_parent(env), kind="zoo", **kwargs)
 
     if fork_server.ENABLED:
         monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))

@@ -168,7 +168,7 @@ class ValueBatch:
         return lambda weights: reference.value_loss(reference.q(weights, z_sa), y)
 
     def policy_loss_function(self, weights):
-        """The policy loss as a function of all weights but those of f."""
+        """The policy loss as a function of all weights except f's."""
         z_s = reference.f(weights, self.observations)
         return lambda weights: reference.policy_loss(weights, z_s, self.policy_gumbel, self.sizes)
 

@@ -73,7 +73,7 @@ def resident_memory():
 
 class Meter(BaseCallback):
     """
-    Takes the memory and the processor time of each chunk, the latter in units of a yardstick timed beside it: the same updates
+    Takes the memory and the processor time of each chunk, the latter in units of a yardstick timed with it: the same updates
     of another learner each time, which tell how fast the machine is at that moment.
     """
 

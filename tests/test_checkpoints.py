@@ -108,7 +108,7 @@ def test_episodes_that_never_end_together(tmp_path):
             self.length = 5 if self.n_resets == 1 else 6
             return super().reset(**kwargs)
 
-    message = "not between episodes at once"
+    message = "never all between episodes before a rollout"
     for folder, env, kwargs in (
         (tmp_path / "apart", make_vec_env_of([6, 7, 11]), {}),
         (tmp_path / "within", OddFirst(), {"train_freq": 2}),

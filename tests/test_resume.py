@@ -477,7 +477,7 @@ def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
         warnings.simplefilter("error")
         MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not there)
-    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and goes on in {names[not there]}") as record:
+    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and continues in {names[not there]}") as record:
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     assert resumed.learner.hyperparameters.precision == names[not there]
     assert record[0].filename == __file__

@@ -45,7 +45,7 @@ class ReplayFileError(ValueError):
     """
 
 
-def other_buffer_error(name: str, theirs: Any, ours: Any) -> ValueError:
+def buffer_mismatch_error(name: str, theirs: Any, ours: Any) -> ValueError:
     """
     :param name: in what a buffer differs from what it should be
     :param theirs: what the buffer has
@@ -240,7 +240,7 @@ def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: b
         ):
             if theirs != ours:
                 both = (show_space(value) if isinstance(value, dict) else value for value in (theirs, ours))
-                raise other_buffer_error(name, *both)
+                raise buffer_mismatch_error(name, *both)
         buffer = like.empty_copy(header["buffer_size"])
     except (KeyError, TypeError) as error:
         raise ReplayFileError(f"its header cannot be understood: {error!r}") from error

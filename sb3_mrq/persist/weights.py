@@ -91,7 +91,7 @@ def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
     model.set_parameters(parameters, exact_match=False)
 
 
-def take_over_reward_scales(model: Any) -> None:
+def restore_old_reward_scales(model: Any) -> None:
     """
     :param model: an ``MRQ``, with the attributes in a file. Those of 0.1 hold the reward scales among them.
     """
@@ -100,7 +100,7 @@ def take_over_reward_scales(model: Any) -> None:
             model.policy.get_buffer(key).fill_(model.__dict__.pop(name))
 
 
-def with_reward_scales(model: Any, given: str | dict[str, Any], device: th.device | str) -> dict[str, Any]:
+def add_reward_scales(model: Any, given: str | dict[str, Any], device: th.device | str) -> dict[str, Any]:
     """
     :param model: an ``MRQ``
     :param given: parameters for it, or a file of them

@@ -428,7 +428,7 @@ def test_environment_by_its_id(tmp_path):
 def test_another_buffer_size_is_told(tmp_path):
     model = tiny_model(SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
-    with pytest.warns(UserWarning, match="keeps the 500 slots it had, not buffer_size=900"):
+    with pytest.warns(UserWarning, match="keeps its 500 slots. buffer_size=900"):
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", buffer_size=900)
     assert resumed.buffer_size == resumed.replay_buffer.buffer_size == 500
 

@@ -100,13 +100,13 @@ class ResumableCheckpointCallback(BaseCallback):
         self._saved_progress, self._saved = self.model.training_progress, False
         self._n_ended = np.zeros(self.model.n_envs, dtype=np.int64)
         self._learning, self.stopped_by = True, None
-        self.model.while_learning.callback(self._on_learn_exit)
+        self.model.learn_exit_stack.callback(self._on_learn_exit)
         if self.handle_signals:
             if threading.current_thread() is not threading.main_thread():
                 warnings.warn(
                     "SIGTERM and Ctrl-C end training with a checkpoint only if learn runs in the main thread.", stacklevel=2
                 )
-            self.model.while_learning.enter_context(self._signals)
+            self.model.learn_exit_stack.enter_context(self._signals)
             self.model.stop_signals = self._signals
 
     def _on_learn_exit(self) -> None:

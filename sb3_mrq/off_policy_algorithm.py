@@ -51,7 +51,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     replay_buffer: SubtrajectoryReplayBuffer | None
     default_replay_buffer_class: type[SubtrajectoryReplayBuffer] = SubtrajectoryReplayBuffer
     # Clean-up registered by callbacks, run when ``learn`` returns or raises
-    while_learning: contextlib.ExitStack
+    learn_exit_stack: contextlib.ExitStack
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -116,7 +116,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfResumable:
         self.stop_signals = StopSignals()
-        with contextlib.ExitStack() as self.while_learning:
+        with contextlib.ExitStack() as self.learn_exit_stack:
             super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
@@ -411,7 +411,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             "damaged_checkpoints",
             "resumed_generators",
             "stop_signals",
-            "while_learning",
+            "learn_exit_stack",
             "_env_steps",
         ]
         return [*super()._excluded_save_params(), *process_state]

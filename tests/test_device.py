@@ -642,14 +642,14 @@ class TestTraining:
             assert model.updates.captured and not model.updates.compiled
             normalised.learn(60)
         assert len(self.captures) == 3 and not normalised.updates.on_device and normalised._n_updates == 50
-        assert "not captured as CUDA graphs: VecNormalize works on the host." in capsys.readouterr().out
+        assert "not captured as CUDA graphs: VecNormalize is not supported on a device." in capsys.readouterr().out
 
     def test_other_optimizer(self, device):
-        self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not Adam")
+        self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not supported")
 
     def test_vec_normalize(self, device):
         env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
-        self.fails_once(self.make(device, env=env), "VecNormalize works on the host")
+        self.fails_once(self.make(device, env=env), "VecNormalize is not supported on a device")
 
     def test_buffer_that_does_not_fit(self, device, monkeypatch):
         monkeypatch.setattr(Updates, "free_memory", lambda self: 1000)
@@ -658,7 +658,7 @@ class TestTraining:
     def test_large_integers(self, device):
         """Torch stores these types, but can do little with them."""
         space = spaces.Box(0, 60000, (3,), np.uint16)
-        self.fails_once(self.make(device, space), "observations None are of the type uint16")
+        self.fails_once(self.make(device, space), "dtype uint16 of observations None")
 
     def test_in_a_thread(self, device):
         model = self.make(device)

@@ -428,7 +428,7 @@ def test_environment_by_its_id(tmp_path):
 def test_another_buffer_size_is_told(tmp_path):
     model = tiny_model(SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
-    with pytest.warns(UserWarning, match="keeps the 500 slots it had, not buffer_size=900"):
+    with pytest.warns(UserWarning, match="keeps its 500 slots. buffer_size=900"):
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", buffer_size=900)
     assert resumed.buffer_size == resumed.replay_buffer.buffer_size == 500
 
@@ -477,7 +477,7 @@ def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
         warnings.simplefilter("error")
         MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not there)
-    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and goes on in {names[not there]}") as record:
+    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and continues in {names[not there]}") as record:
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     assert resumed.learner.hyperparameters.precision == names[not there]
     assert record[0].filename == __file__

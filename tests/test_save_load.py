@@ -377,7 +377,7 @@ def test_replay_buffer_of_another_algorithm():
     file = io.BytesIO()
     save_to_pkl(file, ReplayBuffer(10, VECTOR, BOX, device="cpu"))
     file.seek(0)
-    with pytest.raises(ValueError, match="it is a pickle"):
+    with pytest.raises(ValueError, match="The file is a pickle"):
         model.load_replay_buffer(file)
     assert model.replay_buffer is present
 

@@ -1,10 +1,10 @@
-# make test                                            everything that is checked, in about eight and a half minutes on two cores
-# make test-oldest                                     the package itself on the oldest versions that it supports
+# make test                                              lint, types and all tests
+# make test-oldest                                       test the package on the oldest supported versions
 # make train [ENV=...] [STEPS=...] [SEED=...] [OUT=...]  train, evaluate, plot and film; see examples/train.py
-# make docs                                            builds the documentation site into build/docs
+# make docs                                              build the documentation site into build/docs
 #
-# All set up what they need. A Python inside an activated virtual environment, or named by PYTHON, is used as it is;
-# otherwise an environment is made in VENV, .venv by default.
+# All set up what they need. They use an active virtual environment, or the one of PYTHON. Otherwise they make one in VENV,
+# .venv by default.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -29,8 +29,7 @@ else
 endif
 stamp := $(prefix)/sb3-mrq-is-installed
 
-# The tests of the package itself that meet Stable-Baselines3 or gymnasium. Left out are those that need neither, and those of
-# environments, examples and rl-zoo3, which ask for newer versions.
+# Tests of the package that use Stable-Baselines3 or gymnasium. Environments, examples and rl-zoo3 need newer versions.
 OLDEST_VENV ?= .venv-oldest
 oldest_tests := $(addprefix tests/test_, $(addsuffix .py, action_spaces bad_input buffer citizenship package policies run \
 	save_load schedule spaces))
@@ -59,7 +58,7 @@ $(oldest_stamp): pyproject.toml .ci/constraints-oldest.txt
 	$(OLDEST_VENV)/bin/python -m pip install -c .ci/constraints-oldest.txt -e . pytest pytest-xdist scipy
 	touch $@
 
-# Strictly: a broken link or a page outside of the navigation stops it. `python -m http.server -d build/docs` shows the site.
+# A broken link or a page outside of the navigation is an error. `python -m http.server -d build/docs` shows the site.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --config-file .mkdocs.yml
 
@@ -79,8 +78,8 @@ $(stamp): pyproject.toml .ci/constraints.txt
 	$(python) -m pip install -c .ci/constraints.txt -e ".[all]"
 	touch $@
 
-# The few Debian packages that a bare machine lacks: for virtual environments, for MuJoCo's off-screen rendering, and for
-# torch.compile. Where they cannot be installed, all the rest may still work.
+# Debian packages that a bare machine lacks: for virtual environments, for MuJoCo's off-screen rendering, and for torch.compile.
+# Without them the rest may still work.
 system:
 	@packages=; \
 	$(PYTHON) -c 'import ensurepip' 2> /dev/null || packages+=" python3-venv"; \
@@ -94,7 +93,7 @@ system:
 	if command -v apt-get > /dev/null && $$sudo true 2> /dev/null; then \
 		$$sudo apt-get update && $$sudo apt-get install --yes --no-install-recommends $$packages; \
 	else \
-		echo "Missing, and not installed for want of apt-get or root:$$packages"; \
+		echo "These packages are missing. Install them, as apt-get or root is not available here:$$packages"; \
 	fi
 
 clean:

@@ -177,10 +177,10 @@ def new_file(path: Path) -> Iterator[IO[str]]:
 class EvaluationCallback(BaseCallback):
     """
     Evaluate before the first step, at a fixed interval and at the end, and append the returns to a CSV file. A resumed run
-    continues its file from the step at which it was resumed, and repeats an evaluation that a signal cut short.
+    continues its file after the evaluations up to its checkpoint.
 
-    The first evaluation uses the seed of the environments. Each later one has its own seed, derived from that of the model, so
-    that a resumed run is evaluated on the same episodes as an uninterrupted one.
+    The first evaluation uses the seed of the environments. Each later one has its own seed, derived from the seed of the
+    model, so that a resumed run is evaluated on the same episodes as an uninterrupted one.
 
     :param env: evaluation environments
     :param path: CSV file, created with a header if it does not exist
@@ -203,7 +203,8 @@ class EvaluationCallback(BaseCallback):
         self.n_evaluations = 0
         if self.num_timesteps > 0:
             self._continue_file()
-        self._evaluate_if_due()
+        else:
+            self._evaluate_if_due()
 
     def _continue_file(self) -> None:
         with self.path.open(newline="") as file:
@@ -214,17 +215,15 @@ class EvaluationCallback(BaseCallback):
             writer.writeheader()
             writer.writerows(rows)
         self.n_evaluations = len(rows)
-        self._plan_next(int(rows[-1]["step"]) if rows else 0)
+        # A checkpoint comes after the evaluation of its step
+        self._plan_next()
         # From the checkpoint
         self.start -= self.model.training_seconds  # type: ignore[attr-defined]
 
-    def _plan_next(self, last: int) -> None:
-        """
-        :param last: step of the last evaluation
-        """
-        self.next_evaluation = (last // self.freq + 1) * self.freq
+    def _plan_next(self) -> None:
+        self.next_evaluation = (self.num_timesteps // self.freq + 1) * self.freq
         end = self.locals.get("total_timesteps", 0)
-        if last < end:
+        if self.num_timesteps < end:
             self.next_evaluation = min(self.next_evaluation, end)
 
     def _evaluate_if_due(self) -> None:
@@ -242,7 +241,7 @@ class EvaluationCallback(BaseCallback):
             returns, lengths = evaluate_policy(
                 self.model, self.env, self.n_episodes, deterministic=deterministic, return_episode_rewards=True
             )
-        self._plan_next(self.num_timesteps)
+        self._plan_next()
         self.n_evaluations += 1
         row = (
             self.task,

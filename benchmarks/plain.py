@@ -1,6 +1,6 @@
 """
-MR.Q's two updates written down plainly: layers of ``torch.nn``, one after the other, float32, eager, nothing tuned. A fixed
-point to measure speed against, and an independent implementation to compare results with. It trains nothing.
+MR.Q's two updates without optimisation: layers of ``torch.nn`` in float32, eager. A reference for speed, and an independent
+implementation to compare results with.
 """
 
 import math
@@ -94,7 +94,7 @@ class Plain:
 
     :param obs_dim: size of the observations
     :param action_dim: size of the actions
-    :param device: of everything
+    :param device: device of the networks
     """
 
     def __init__(self, obs_dim: int, action_dim: int, device: th.device | str = "cpu"):

@@ -134,7 +134,7 @@ def remarks(results: pd.DataFrame) -> list[str]:
 def seeds_of_precisions(runs: pd.DataFrame) -> list[str]:
     """
     :param runs: results of one task and algorithm
-    :return: the seeds of each precision, for runs whose column machine ends in a precision, as those of MR.Q in a study do
+    :return: the seeds of each precision, for runs whose column machine ends in a precision, as MR.Q's in a study
     """
     precisions = runs["machine"].str.split(", ").str[-1]
     named = precisions.isin(PRECISIONS)
@@ -590,7 +590,10 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     sections.append("</div>")
     save(draw_overview(panels, results, published, colors), out, "overview")
 
-    sections += ["<h2>Made with</h2>", html_list([*sorted(set(results["versions"])), *sorted(set(results["machine"]))])]
+    sections += [
+        "<h2>Versions and machines</h2>",
+        html_list([*sorted(set(results["versions"])), *sorted(set(results["machine"]))]),
+    ]
     summary = {"tasks": of.tasks, "left_out": of.left_out, "seeds": of.seeds, "algorithms": numbers}
     (out / "numbers.json").write_text(json.dumps(summary, indent=2) + "\n")
     (out / "index.html").write_text(page(title, sections))

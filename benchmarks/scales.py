@@ -1,5 +1,5 @@
 """
-Returns that are normalised to 0 and 1. They are fixed, so that scores do not depend on the other algorithms of a study.
+Returns that are normalised to 0 and 1. They are fixed, so that scores do not depend on the algorithms of a study.
 """
 
 #: returns of random actions and of TD3 after 1 M steps in version 4 of the Gym tasks, as in the paper

@@ -1,13 +1,17 @@
 """
-Time updates against the matrix products they cannot do without and against a plain implementation, sampling from a large
-buffer against a small one, and acting and the loop around the updates against SB3's TD3; and the memory of the replay buffer
-against that of SB3.
+Time
+
+- updates, compared with their matrix products alone and with a plain implementation,
+- sampling from a large buffer, compared with a small one,
+- acting and the loop around the updates, compared with SB3's TD3,
+
+and measure the memory of the replay buffer, compared with SB3's.
 
     python -m benchmarks.speed --out benchmarks/results/speed.json
     python -m benchmarks.speed --device cuda --train HalfCheetah-v5 ALE/Pong-v5
 
-The sizes are those of HalfCheetah: 17 observations, 6 actions, batch 256; images are three of 84 x 84 in colour. Every ratio
-is of two figures of the same run.
+The sizes are HalfCheetah's: 17 observations, 6 actions, batch 256. Images are three of 84 x 84 in colour. Every ratio is of
+two figures of the same run.
 """
 
 import argparse
@@ -46,12 +50,12 @@ from sb3_mrq.losses import n_step_return
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (17,), np.float32)
 ACTIONS = spaces.Box(-1, 1, (6,), np.float32)
 EPISODE_LENGTH = 1000
-# Training steps before they are timed, beyond the second replacement of the targets: everything is compiled and captured
+# Training steps before the timed ones. After the second replacement of the targets everything is compiled and captured.
 TRAIN_WARM_UP = 255
 
 
 class NoiseEnv(gym.Env):
-    """Spaces of HalfCheetah, observations and rewards of nothing."""
+    """Spaces of HalfCheetah, with random observations and rewards."""
 
     observation_space = OBSERVATIONS
     action_space = ACTIONS
@@ -70,7 +74,7 @@ class NoiseEnv(gym.Env):
 
 
 class ImageNoiseEnv(NoiseEnv):
-    """Images instead, those of the DeepMind Control suite."""
+    """Random images with the shape of the DeepMind Control suite's."""
 
     observation_space = spaces.Box(0, 255, (9, 84, 84), np.uint8)
 
@@ -86,10 +90,10 @@ def synchronize() -> None:
 
 def fastest(function: Callable[[], Any], seconds: float = 3.0, at_least: int = 5) -> float:
     """
-    :param function: what to time
-    :param seconds: for how long to repeat it
-    :param at_least: how often to do so at least
-    :return: seconds of the fastest call, work on the GPU included
+    :param function: function to time
+    :param seconds: time in which to repeat it
+    :param at_least: fewest calls
+    :return: seconds of the fastest call, including work on the GPU
     """
     function()
     synchronize()
@@ -105,9 +109,9 @@ def fastest(function: Callable[[], Any], seconds: float = 3.0, at_least: int = 5
 
 def matmul_rate(dtype: th.dtype, device: str, seconds: float) -> float:
     """
-    :param dtype: of the matrices
-    :param device: of the matrices
-    :param seconds: for how long to measure
+    :param dtype: data type of the matrices
+    :param device: device of the matrices
+    :param seconds: time to measure
     :return: floating-point operations a second of 256 x 512 x 512 products
     """
     a, b = (th.randn(shape, device=device).to(dtype) for shape in ((256, 512), (512, 512)))
@@ -123,7 +127,7 @@ def matmul_rate(dtype: th.dtype, device: str, seconds: float) -> float:
 def precisions(device: str) -> list[str]:
     """
     :param device: cpu or cuda
-    :return: those to time: not bfloat16 where it would take minutes for each update
+    :return: precisions to time, without bfloat16 if it would take minutes for each update
     """
     without = ["float32"] if device == "cpu" else ["float32", "tf32"]
     return [*without, "bfloat16"] if bfloat16_is_fast(th.device(device)) else without
@@ -131,11 +135,11 @@ def precisions(device: str) -> list[str]:
 
 def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepSamples, seconds: float) -> float:
     """
-    :param model: for its conversions
-    :param subtrajectories: a batch
-    :param n_step: a batch
-    :param seconds: for how long to measure
-    :return: seconds that the plain implementation takes for the two updates
+    :param model: model with the discount factor and the device
+    :param subtrajectories: batch of the encoder update
+    :param n_step: batch of the value and policy update
+    :param seconds: time to measure
+    :return: seconds of the two updates by the plain implementation
     """
     plain = Plain(OBSERVATIONS.shape[0], ACTIONS.shape[0], model.device)
     noise = th.randn(len(n_step.indices), ACTIONS.shape[0], device=model.device)
@@ -158,8 +162,8 @@ def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepS
 def modes(device: str, without_compiling: bool) -> list[str]:
     """
     :param device: cpu or cuda
-    :param without_compiling: whether to leave out what has to be compiled first, for half a minute each
-    :return: ways to run updates; captured ones draw their batches and set priorities too
+    :param without_compiling: whether to leave out compiled updates, each of which takes half a minute to compile
+    :return: ways to run updates. Captured ones also draw their batches and set priorities.
     """
     ways = ["eager", "compiled"] if device == "cpu" else ["eager", "captured", "compiled and captured"]
     return [way for way in ways if not (without_compiling and "compiled" in way)]
@@ -168,12 +172,11 @@ def modes(device: str, without_compiling: bool) -> list[str]:
 def time_updates(device: str, seconds: float, without_compiling: bool = False, images: bool = False) -> dict[str, Any]:
     """
     :param device: cpu or cuda
-    :param seconds: for how long to measure each figure
+    :param seconds: time to measure each figure
     :param without_compiling: see ``modes``
     :param images: whether observations are images, for which there is no plain implementation
-    :return: milliseconds of the two updates in each of ``precisions`` and each of ``modes``; what they are in parts of the
-        time that matrix products of as many operations take in that precision, and how much faster than the plain
-        implementation
+    :return: milliseconds of the two updates in each of ``precisions`` and ``modes``, the ratio of the floor to them, and their
+        speed relative to the plain implementation. The floor is the time of matrix products with as many operations.
     """
     policy, env = ("CnnPolicy", ImageNoiseEnv()) if images else ("MlpPolicy", NoiseEnv())
     model = MRQ(
@@ -249,9 +252,9 @@ def time_training(env_id: str, device: str, steps: int, without_compiling: bool)
     """
     :param env_id: environment
     :param device: cpu or cuda
-    :param steps: of the environment, each with a training step
+    :param steps: environment steps, each with a training step
     :param without_compiling: whether to train uncompiled, on a GPU still captured
-    :return: steps a second of training with all there is to it, simulation included, in the last of ``precisions``
+    :return: steps a second of whole training, simulation included, in the last of ``precisions``
     """
     precision = precisions(device)[-1]
     atari = env_id.startswith("ALE/")
@@ -272,8 +275,8 @@ def time_parallel_training(device: str, steps: int, n_envs: int) -> dict[str, fl
     :param device: cpu or cuda
     :param steps: training steps to time, a multiple of ``n_envs`` and of the interval of the targets below
     :param n_envs: number of environments
-    :return: training steps a second with one environment and with so many, simulation included, in the last of ``precisions``,
-        uncompiled
+    :return: training steps a second with one environment and with ``n_envs``, simulation included, in the last of
+        ``precisions``, uncompiled
     """
     interval, figures = 8, {}
     for n in (1, n_envs):
@@ -298,7 +301,7 @@ def time_parallel_training(device: str, steps: int, n_envs: int) -> dict[str, fl
 def time_acting(device: str, seconds: float) -> dict[str, float]:
     """
     :param device: cpu or cuda
-    :param seconds: for how long to measure
+    :param seconds: time to measure
     :return: microseconds of ``predict`` for one observation, by MRQ and by TD3
     """
     obs = np.zeros(OBSERVATIONS.shape, dtype=np.float32)
@@ -314,8 +317,8 @@ def time_loop(device: str, steps: int, n_envs: int) -> dict[str, float]:
     :param device: cpu or cuda
     :param steps: steps of the environments
     :param n_envs: number of environments
-    :return: microseconds of a step of training without its updates (acting, stepping, storing), by MRQ and by TD3, each in the
-        random steps before learning starts and after
+    :return: microseconds of a step of training without its updates (acting, stepping, storing), by MRQ and by TD3, with random
+        actions and when acting
     """
     figures = {}
     for phase, learning_starts in (("random", steps), ("acting", 0)):
@@ -334,10 +337,10 @@ def time_loop(device: str, steps: int, n_envs: int) -> dict[str, float]:
 
 def full_buffer(size: int, buffer_class: type[ReplayBuffer] = SubtrajectoryReplayBuffer, n_envs: int = 10) -> Any:
     """
-    :param size: number of places
+    :param size: number of slots
     :param buffer_class: class of the buffer
     :param n_envs: number of environments
-    :return: a buffer with a transition, or a final observation, in each
+    :return: a buffer with a transition, or a final observation, in each slot
     """
     buffer = buffer_class(size, OBSERVATIONS, ACTIONS, device="cpu", n_envs=n_envs)
     random = np.random.default_rng(0)
@@ -361,12 +364,12 @@ def full_buffer(size: int, buffer_class: type[ReplayBuffer] = SubtrajectoryRepla
 
 def time_sampling(small: int, large: int) -> dict[str, float]:
     """
-    :param small: places of the small buffer
-    :param large: places of the large one
-    :return: milliseconds for the two batches of a training step from either, and their ratio
+    :param small: slots of the small buffer
+    :param large: slots of the large buffer
+    :return: milliseconds of the two batches of a training step from each, and their ratio
     """
     buffers = [full_buffer(size) for size in (small, large)]
-    # Turn by turn, so that both see the same machine
+    # Alternately, so that both see the same load of the machine
     times: list[list[float]] = [[], []]
     for _ in range(400):
         for index, buffer in enumerate(buffers):
@@ -380,7 +383,7 @@ def time_sampling(small: int, large: int) -> dict[str, float]:
 
 def measure_memory(size: int) -> dict[str, float]:
     """
-    :param size: places of the buffers
+    :param size: slots of the buffers
     :return: resident megabytes of a full replay buffer, and of SB3's with as many transitions
     """
     figures = {}
@@ -389,14 +392,14 @@ def measure_memory(size: int) -> dict[str, float]:
         buffer = full_buffer(size, buffer_class)
         figures[f"{name}_mb"] = (resident() - before) / 1e6
         del buffer
-    # A small buffer may fit where others were before it
+    # A small buffer may fit into memory that earlier ones left
     return {**figures, "mrq_to_sb3": figures["mrq_mb"] / max(figures["sb3_mb"], 0.001)}
 
 
 def table(figures: dict[str, Any]) -> str:
     """
-    :param figures: all that was measured
-    :return: what matters of it, in lines
+    :param figures: all figures
+    :return: a table of the most important ones
     """
     lines = [f"{'':44} {'this':>10} {'reference':>10} {'ratio':>7}"]
 
@@ -437,12 +440,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--large", type=int, default=1_000_000, help="places of the large buffer (default: %(default)s)")
-    parser.add_argument("--small", type=int, default=10_000, help="places of the small buffer (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for which to measure each figure (default: %(default)s)")
-    parser.add_argument("--without-compiling", action="store_true", help="leave out what torch.compile takes time for")
+    parser.add_argument("--large", type=int, default=1_000_000, help="slots of the large buffer (default: %(default)s)")
+    parser.add_argument("--small", type=int, default=10_000, help="slots of the small buffer (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to measure each figure (default: %(default)s)")
+    parser.add_argument("--without-compiling", action="store_true", help="leave out compiled updates")
     parser.add_argument("--train", nargs="*", default=[], metavar="ENV", help="environments in which to time whole training")
-    parser.add_argument("--train-steps", type=int, default=2_000, help="steps of that (default: %(default)s)")
+    parser.add_argument(
+        "--train-steps", type=int, default=2_000, help="environment steps of whole training (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args(arguments)
     if args.threads:
@@ -469,7 +474,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, measure in parts.items():
         figures[name] = measure()
         if args.out:
-            # As they come: a later part may fail
+            # After each part, as a later one may fail
             args.out.write_text(json.dumps(figures, indent=2) + "\n")
     print(table(figures))
 

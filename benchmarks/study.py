@@ -9,7 +9,7 @@ fixed interval. Repeating a command skips finished runs and resumes interrupted 
 the beginning (other algorithms). Results of other settings are never deleted: their folder is renamed. Failed runs are listed
 at the end. ``<out>/results.csv`` has a row for every evaluation of every finished run in the folder, also of other commands.
 
-SIGTERM, Ctrl-C and closing the terminal end the study and its runs, those of MRQ with a checkpoint.
+SIGTERM, Ctrl-C and closing the terminal end the study and its runs. Runs of MRQ write a checkpoint first.
 
 ``--backend ray`` distributes the runs over a Ray cluster whose machines share the folder ``--out``.
 """
@@ -209,7 +209,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     """
-    Hyperparameters for tasks that rl-zoo3 does not configure: those of an older version of the task, or of ``ZOO_DEFAULTS``
+    Hyperparameters for tasks that rl-zoo3 does not configure, from an older version of the task, or from ``ZOO_DEFAULTS``
     for the DeepMind Control suite. Atari games use rl-zoo3's hyperparameters, but MR.Q's preprocessing: rl-zoo3's wrappers
     would repeat what the games do themselves.
 
@@ -324,7 +324,7 @@ def execute(run: Run) -> str | None:
     if code:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1]
         return f"exit status {code}: {last} (see {log})"
-    return None if run.finished() else f"no record of what was run (see {log})"
+    return None if run.finished() else f"it ended without writing run.json (see {log})"
 
 
 def start(command: list[str], **kwargs: Any) -> subprocess.Popen | None:
@@ -491,14 +491,14 @@ def gather(runs: Iterable[Run], out: Path) -> int:
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[Run]]:
     """
-    :param arguments: arguments of the command line, None for those of the process
+    :param arguments: arguments of the command line, None for ``sys.argv``
     :return: parsed arguments, and all runs of the study
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=SUITES, help="tasks of the paper")
     what.add_argument("--tasks", nargs="+", help="ids of environments")
-    parser.add_argument("--algos", default="mrq", help="mrq, drq, those of rl-zoo3, and " + ", ".join(VARIANTS))
+    parser.add_argument("--algos", default="mrq", help="mrq, drq, algorithms of rl-zoo3, and " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="environment steps (default: the paper's)")

@@ -66,10 +66,9 @@ class StudyManager(MRQExperimentManager):
         )
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        # Even after the last step, its evaluation or training steps may be missing
+        # A signal in the last step puts its training steps off
         if model.num_timesteps < self._n_timesteps_given or (isinstance(model, MRQ) and model.is_stopping):
-            # By a signal, after a checkpoint
-            sys.exit("The run was stopped before its end.")
+            sys.exit("The run was stopped by a signal before its end, after a checkpoint. Repeat the study to resume it.")
         super().save_trained_model(model)
         where = machine(model.device)
         if isinstance(model, MRQ):

@@ -1,12 +1,12 @@
 """
-MRQ beside SB3's own algorithms on one task: return against steps of the environment, and against wall time.
+Compare MRQ with SB3's own algorithms on one task: return against environment steps and against wall time.
 
     python examples/compare.py --env Pendulum-v1 --steps 15000 --seeds 2  # extra zoo
     python examples/compare.py --env CartPole-v1 --steps 30000 --out runs/compare-cartpole
 
-Box actions: MRQ, TD3 and SAC; discrete ones: MRQ, DQN and QR-DQN. All have their default hyperparameters, the same
-environments, seeds and evaluations, and run one after the other, so that their times can be compared. ``--out`` takes
-``compare.png``, ``compare.svg`` and ``compare.csv``.
+Box actions: MRQ, TD3 and SAC. Discrete actions: MRQ, DQN and QR-DQN. All have their default hyperparameters and the same
+environments, seeds and evaluations. They run one after the other, so that their times can be compared. ``--out`` is the folder
+for ``compare.png``, ``compare.svg`` and ``compare.csv``.
 """
 
 import argparse
@@ -39,12 +39,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 class Evaluation(BaseCallback):
     """
-    Notes the mean return before training, every so many steps and at the end, with the seconds of training until then.
+    Records the mean return, and the seconds of training so far, before training, every ``freq`` steps and at the end.
 
     :param env_id: id of the environment
     :param freq: steps between two evaluations
-    :param episodes: episodes of one
-    :param seed: of the evaluation environment
+    :param episodes: episodes of an evaluation
+    :param seed: seed of the evaluation environment
     """
 
     def __init__(self, env_id: str, freq: int, episodes: int, seed: int):
@@ -60,7 +60,7 @@ class Evaluation(BaseCallback):
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
-        # In the paper MR.Q's discrete policies are evaluated by samples of them, which must not change what training draws
+        # The paper samples MR.Q's discrete policies in evaluations. This must not change the random numbers of training
         deterministic = not isinstance(self.model, MRQ) or isinstance(self.model.action_space, spaces.Box)
         with no_side_effects(self.model):
             mean, _ = evaluate_policy(self.model, self.env, self.episodes, deterministic=deterministic)
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15_000, help="steps of the environment (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each algorithm (default: %(default)s)")
     parser.add_argument("--eval-freq", type=int, default=1_000, help="steps between evaluations (default: %(default)s)")
-    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes of one (default: %(default)s)")
+    parser.add_argument("--eval-episodes", type=int, default=10, help="episodes of an evaluation (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -139,9 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
                 seeds.append(evaluation.rows)
                 _, seconds, mean = evaluation.rows[-1]
                 print(f"{name}, seed {seed}: return {mean:.1f} after {seconds:.0f} s")
-            # Some algorithms go on to the end of a rollout
+            # Some algorithms continue to the end of a rollout
             results[name] = np.array([rows[: min(map(len, seeds))] for rows in seeds])
-            # There is a figure where a later one fails, or is not waited for
+            # After each algorithm, in case a later one fails or is interrupted
             draw(results, args.env, args.out)
     print(args.out / "compare.png")
 

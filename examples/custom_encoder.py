@@ -1,6 +1,6 @@
 """
-Your own encoder: any features extractor of Stable-Baselines3. It is trained by MR.Q's model-based objectives, with the
-encoder's optimiser, and has a target copy like the rest of the encoder.
+Your own encoder: any features extractor of Stable-Baselines3. MR.Q's encoder loss trains it with the encoder's optimiser. It
+has a target copy, as the rest of the encoder has.
 
     python examples/custom_encoder.py
 """

@@ -1,5 +1,5 @@
 """
-Export a policy to ONNX, and run it with onnxruntime: no PyTorch is needed to act.
+Export a policy to ONNX and run it with onnxruntime, without PyTorch.
 
     python examples/export_onnx.py [model.zip] [policy.onnx]  # extra examples
 """
@@ -19,7 +19,7 @@ STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 
 class DeterministicPolicy(nn.Module):
     """
-    What ``model.predict(obs, deterministic=True)`` computes, except for the bounds of Box actions: these are in [-1, 1] here.
+    ``model.predict(obs, deterministic=True)``, but with Box actions in [-1, 1].
 
     :param model: the model
     """
@@ -71,4 +71,4 @@ expected, _ = model.predict(obs, deterministic=True)
 difference = np.abs(actions.reshape(expected.shape) - expected).max()
 print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, actions differ from model.predict by at most {difference:.2g}")
 if difference > 1e-4:
-    sys.exit("The exported policy is another one.")
+    sys.exit(f"The exported policy differs from the model: its actions are off by up to {difference:.2g}. Do not use {path}.")

@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_mrq import MRQ
 
-# Fewer steps only to try the script out: nothing is learned before the 10,000 random steps of learning_starts are over
+# Nothing is learned in the first 10,000 steps, which are random (learning_starts)
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 
 model = MRQ("MlpPolicy", "Pendulum-v1", seed=0, verbose=1)

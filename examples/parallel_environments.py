@@ -1,6 +1,6 @@
 """
-Several environments, each in its own process. Each step of all of them is followed by as many training steps as there are
-environments (gradient_steps=-1), so that the ratio of training to experience stays the same.
+Several environments, each in its own process. After each step of all environments there is one training step for each of them
+(gradient_steps=-1), so that the ratio of training to experience stays the same.
 
     python examples/parallel_environments.py  # extra mujoco
 """

@@ -1,6 +1,6 @@
 """
-Resuming after a crash: stop this script in any way, including `kill -9`, and start it again. It continues from the newest
-checkpoint, with the replay buffer, the optimisers and the random generators of that moment.
+Resume after a crash: stop this script in any way, including `kill -9`, and start it again. It continues from the newest
+checkpoint, with its replay buffer, optimisers and random generators.
 
     python examples/resume_after_crash.py
     python examples/resume_after_crash.py --crash-at 12000
@@ -23,9 +23,9 @@ FOLDER = Path("crash_checkpoints")
 
 class Crash(BaseCallback):
     """
-    Kills this process, to show what is left.
+    Kills this process.
 
-    :param step: after how many steps
+    :param step: number of steps after which to kill it
     """
 
     def __init__(self, step: int):
@@ -40,7 +40,7 @@ class Crash(BaseCallback):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--crash-at", type=int, help="kill this process after so many steps")
+parser.add_argument("--crash-at", type=int, help="kill this process after this many steps")
 args = parser.parse_args()
 
 env = gym.make("Pendulum-v1")

@@ -1,7 +1,7 @@
 """
 Search hyperparameters with Optuna. For rl-zoo3's own search see ``sb3-mrq train --algo mrq -optimize``.
 
-MR.Q is meant to work without; this is for tasks that need it.
+MR.Q is meant to work without a search. This is for tasks that need one.
 
     python examples/search.py  # extra zoo
 """

@@ -44,10 +44,10 @@ from sb3_mrq.diagnostics import diagnose
 
 HYPERPARAMS = Path(__file__).resolve().parents[1] / "hyperparams" / "mrq.yml"
 N_EVALUATIONS = 20  # during training
-N_EVAL_EPISODES = 10  # at each, in as many parallel environments; twice as many after training
+N_EVAL_EPISODES = 10  # of each evaluation, in as many parallel environments; twice as many after training
 VIDEO_FRAMES = 500
 
-# A small task, which is solved before the default 10,000 random steps are over and by networks a fraction of the default size.
+# A small task: small networks solve it in fewer steps than the default 10,000 random ones.
 DEMO_ENV = "Pendulum-v1"
 DEMO_STEPS = 4000
 DEMO_HYPERPARAMS: dict[str, Any] = {
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose_steps(env_id: str) -> int:
-    """Steps of training that the task takes."""
+    """Number of training steps for a task."""
     if env_id == DEMO_ENV:
         return DEMO_STEPS
     hyperparams = yaml.safe_load(HYPERPARAMS.read_text())
@@ -93,7 +93,7 @@ def choose_policy(observation_space: gym.Space) -> str:
 
 
 def evaluate(model: MRQ, env: VecEnv, env_id: str, path: Path) -> None:
-    """Write return and length of every episode, and their mean and standard deviation."""
+    """Write returns and lengths of the episodes, and the mean and standard deviation of the returns."""
     returns, lengths = evaluate_policy(model, env, n_eval_episodes=2 * N_EVAL_EPISODES, return_episode_rewards=True)
     mean, std = pd.Series(returns).mean(), pd.Series(returns).std(ddof=0)
     evaluation = {
@@ -172,7 +172,7 @@ def main() -> None:
     plot(evaluations, folder, f"MR.Q on {args.env}, seed {args.seed}")
     try:
         film(model, args.env, folder, args.seed)
-    except Exception as error:  # there are as many ways to lack a display as there are renderers
+    except Exception as error:  # without a display each renderer raises its own
         print(f"No video: {args.env} cannot be rendered here ({error!r}).")
     diagnose(model, eval_env).report(folder / "diagnosis")
     evaluate(model, eval_env, args.env, folder / "evaluation.json")

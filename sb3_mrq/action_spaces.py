@@ -1,10 +1,11 @@
 """
-Action spaces as the vectors that the encoder sees: Box scaled to [-1, 1], everything else as concatenated one-hots.
+Conversion of actions to vectors: Box actions scaled to [-1, 1], discrete actions as concatenated one-hots.
 
 Shapes: ``B`` batch, ``A`` size of the action vector, ``D`` number of discrete dimensions.
 
-An action exists in three forms: the policy's pre-activation u (B, A), the vector a (B, A) that encoder and value see, and the
-stored form (B, action_dim) of the replay buffer and of SB3's policies: a itself for Box, the integers of the space otherwise.
+An action has three forms: the actor's output u before its activation (B, A), the action vector a (B, A) that is the input of
+encoder and critic, and the stored form (B, action_dim) in the replay buffer. The stored form of a Box action is a, the stored
+form of a discrete action consists of integers of the space.
 """
 
 from typing import NamedTuple
@@ -28,41 +29,41 @@ class BoxActions:
                 f"Box actions must be floats, not {space.dtype}: use a MultiDiscrete space for integers ({space})."
             )
         if 0 in space.shape:
-            raise ValueError(f"The action space {space} has no dimension, so that there is nothing to choose.")
+            raise ValueError(f"The action space {space} has no dimensions: use a space with at least one.")
         for low, high in np.stack([space.low.ravel(), space.high.ravel()], axis=1):
-            # As Python floats: in the space's own dtype the difference may be infinite where actions are still scaled well
+            # As Python floats: the difference may overflow in the dtype of the space although actions can be scaled
             if not np.isfinite(float(high) - float(low)):
                 raise ValueError(
-                    f"Box actions need finite bounds, a finite distance apart, but one dimension of {space} goes from "
+                    f"Box actions need finite bounds with a finite difference, but a dimension of {space} goes from "
                     f"{low} to {high}: give bounds in the environment's action_space, or with "
                     "gymnasium.wrappers.TransformAction."
                 )
             if not low < high:
                 raise ValueError(
-                    f"A dimension of the action space {space} goes from {low} to {high}, so that there is nothing to choose: "
-                    "leave this dimension out of the space."
+                    f"A dimension of the action space {space} goes from {low} to {high}, but the upper bound must be "
+                    "larger than the lower one: remove this dimension from the space."
                 )
         self.dim = int(np.prod(space.shape))
 
     def encode(self, stored: th.Tensor) -> th.Tensor:
         """
         :param stored: actions scaled to [-1, 1], (..., A)
-        :return: the action vector, the same
+        :return: action vectors, equal to the stored actions, (..., A)
         """
         return stored
 
     def activation(self, pre_activation: th.Tensor, gumbel: th.Tensor | None = None) -> th.Tensor:
         """
         :param pre_activation: u, (B, A)
-        :param gumbel: not used
+        :param gumbel: unused
         :return: tanh(u), (B, A)
         """
         return th.tanh(pre_activation)
 
     def sample_gumbel(self, like: th.Tensor) -> th.Tensor | None:
         """
-        :param like: tensor of the shape and on the device of the noise
-        :return: None, continuous policies have no such noise
+        :param like: unused
+        :return: None, as continuous policies use no Gumbel noise
         """
         return None
 
@@ -90,15 +91,15 @@ class BoxActions:
 
     def decode(self, action: th.Tensor) -> th.Tensor:
         """
-        :param action: action vector, (B, A)
-        :return: its stored form, the same
+        :param action: action vectors, (B, A)
+        :return: their stored form, equal to the action vectors, (B, A)
         """
         return action
 
 
 class Constants(NamedTuple):
     """
-    What the conversions of discrete actions compute with, on one device.
+    Constants of the conversions of discrete actions, on one device.
 
     :param starts: smallest value of each dimension, (D,)
     :param offsets: first column of each dimension in the action vector, (D,)
@@ -112,14 +113,14 @@ class Constants(NamedTuple):
 
 class CategoricalActions:
     """
-    Discrete, MultiDiscrete and MultiBinary actions as concatenated one-hots, one Gumbel-softmax for each dimension:
+    Discrete, MultiDiscrete and MultiBinary actions as concatenated one-hots, with a Gumbel-softmax for each dimension:
     a = softmax((u + gumbel) / temperature).
 
     :param space: the action space
-    :param temperature: of the Gumbel-softmax
+    :param temperature: temperature of the Gumbel-softmax
     """
 
-    # One-hot vectors span [0, 1] where Box actions span [-1, 1]: all noise is half of what it is there
+    # One-hot entries are in [0, 1] and Box actions in [-1, 1], so the noise of discrete actions is halved
     NOISE_SCALE = 0.5
 
     def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary, temperature: float = 10.0):
@@ -147,7 +148,7 @@ class CategoricalActions:
         return self._on_device[device]
 
     def _table(self, columns: th.Tensor, fill: float) -> th.Tensor:
-        """(B, A) to (B, D, max_size), dimensions of fewer values filled up."""
+        """Convert (B, A) to (B, D, max_size). Dimensions with fewer than ``max_size`` values are padded with ``fill``."""
         table = columns.new_full((len(columns), self.n_dimensions * self.max_size), fill)
         table = table.index_copy(1, self._constants(columns.device).table_index, columns)
         return table.view(len(columns), self.n_dimensions, self.max_size)
@@ -155,7 +156,7 @@ class CategoricalActions:
     def decode(self, action: th.Tensor) -> th.Tensor:
         """
         :param action: a value for each column of the action vector, (B, A)
-        :return: stored form of the largest of each dimension, (B, D)
+        :return: stored form of the action with the largest value in each dimension, (B, D)
         """
         table = self._table(action, fill=-th.inf)
         return table.argmax(dim=-1) + self._constants(action.device).starts
@@ -173,7 +174,7 @@ class CategoricalActions:
     def activation(self, pre_activation: th.Tensor, gumbel: th.Tensor | None = None) -> th.Tensor:
         """
         :param pre_activation: u, (B, A)
-        :param gumbel: standard Gumbel noise, (B, A), None for none
+        :param gumbel: standard Gumbel noise, (B, A), None for no noise
         :return: soft one-hots that sum to one in each dimension, (B, A)
         """
         logits = pre_activation if gumbel is None else pre_activation + gumbel
@@ -182,10 +183,10 @@ class CategoricalActions:
 
     def sample_gumbel(self, like: th.Tensor) -> th.Tensor:
         """
-        :param like: tensor of the shape and on the device of the noise
-        :return: standard Gumbel noise of that shape
+        :param like: tensor that gives shape, dtype and device
+        :return: standard Gumbel noise
         """
-        # The negative logarithm of a standard exponential. Of a uniform number's logarithm float32 would cut off the tail.
+        # The negative logarithm of a standard exponential: a uniform number in float32 would cut off the tail
         return -th.empty_like(like).exponential_().clamp_min_(th.finfo(like.dtype).tiny).log_()
 
     def smooth(self, action: th.Tensor, noise: th.Tensor, std: float, clip: float) -> th.Tensor:
@@ -196,7 +197,7 @@ class CategoricalActions:
         :param noise: standard normal, (B, A)
         :param std: standard deviation of the noise, in the units of Box actions
         :param clip: largest absolute noise, in the units of Box actions
-        :return: one-hots of the largest entries after the noise, (B, A)
+        :return: one-hots of the largest entries after adding the noise, (B, A)
         """
         std, clip = self.NOISE_SCALE * std, self.NOISE_SCALE * clip
         return self.encode(self.decode(action + (std * noise).clamp(-clip, clip)))
@@ -215,8 +216,8 @@ class CategoricalActions:
 def make_actions(space: spaces.Space, temperature: float = 10.0) -> BoxActions | CategoricalActions:
     """
     :param space: the action space
-    :param temperature: of the Gumbel-softmax of discrete spaces
-    :return: its conversions
+    :param temperature: temperature of the Gumbel-softmax, for discrete spaces
+    :return: conversions of its actions
     :raises ValueError: if the space is not supported
     """
     if isinstance(space, spaces.Box):

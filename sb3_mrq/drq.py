@@ -69,8 +69,8 @@ class DRQ(MRQ):
     :param termination_loss_weight: weight of the termination term of the encoder loss
     :param infonce_loss_weight: weight of the contrastive term of the encoder loss
     :param infonce_temperature: temperature of the contrastive term
-    :param replay_fade: factor by which the probability of a transition falls with each one that is stored after it
-    :param replay_fade_min: the probability falls no lower than by this factor
+    :param replay_fade: factor by which the probability of a transition falls with each one stored after it
+    :param replay_fade_min: lower bound on the product of these factors
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
     :param precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"auto"``, see :class:`~sb3_mrq.MRQ`

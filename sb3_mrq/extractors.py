@@ -1,7 +1,7 @@
 """
-The features extractors of MR.Q's state encoders, as SB3's ``features_extractor_class`` takes them.
+Features extractors of MR.Q's state encoder, for SB3's ``features_extractor_class``.
 
-Shapes: ``B`` batch, images (C, H, W). All take preprocessed observations: floats, images in [0, 1], discrete ones one-hot.
+Shapes: ``B`` batch, images (C, H, W). Inputs are preprocessed observations: floats, images in [0, 1], one-hot vectors.
 """
 
 import torch as th
@@ -16,7 +16,7 @@ from sb3_mrq.networks import init_weights, layer_norm_mlp, make_activation
 def check_observation_space(space: spaces.Space) -> None:
     """
     :param space: the observation space
-    :raises ValueError: if it is not supported
+    :raises ValueError: if the space is not supported
     """
     for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
         supported = isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiBinary)) or (
@@ -24,19 +24,19 @@ def check_observation_space(space: spaces.Space) -> None:
         )
         if not supported or 0 in part.shape or (isinstance(part, spaces.Box) and part.shape == ()):  # type: ignore[operator]
             raise ValueError(
-                f"The observation space {space} is not supported. MRQ takes Box, Discrete, MultiDiscrete with one axis, "
+                f"The observation space {space} is not supported. MRQ supports Box, Discrete, MultiDiscrete with one axis, "
                 "MultiBinary, and a Dict of these: convert it, for example with gymnasium.wrappers.FlattenObservation."
             )
 
 
 class MLPExtractor(BaseFeaturesExtractor):
     """
-    Flatten, then linear, layer norm and activation for every hidden layer.
+    Flatten, then linear layer, layer norm and activation for each hidden layer.
 
-    :param observation_space: any space but images and Dict
-    :param net_arch: sizes of the hidden layers, the last one is that of the features
-    :param activation_fn: class of the activation
-    :raises ValueError: if the space is one of images, or a Dict
+    :param observation_space: any supported space except images and Dict
+    :param net_arch: sizes of the hidden layers, of which the last one is ``features_dim``
+    :param activation_fn: activation function
+    :raises ValueError: if the space is an image space or a Dict
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class MLPExtractor(BaseFeaturesExtractor):
 
 class CNNExtractor(BaseFeaturesExtractor):
     """
-    Images moved to [-0.5, 0.5], four 3x3 convolutions of 32 channels with strides 2, 2, 2 and 1 and no padding, flattened.
+    Shift images to [-0.5, 0.5], then four 3x3 convolutions (32 channels, strides 2, 2, 2 and 1, no padding), then flatten.
 
-    :param observation_space: channel-first images of any size the convolutions can take
-    :param activation_fn: class of the activation
-    :param normalized_image: whether the space holds images that are normalised already (``normalize_images=False``)
-    :raises ValueError: if the space is not one of images, or they are too small
+    :param observation_space: channel-first images, at least 31x31
+    :param activation_fn: activation function
+    :param normalized_image: whether images are normalised already (``normalize_images=False``)
+    :raises ValueError: if the space is not an image space, or if the images are too small
     """
 
     CHANNELS = 32
     STRIDES = (2, 2, 2, 1)
-    # See StateEncoder; None for a subclass that does not treat each image on its own
+    # See StateEncoder; None in a subclass whose output for an image depends on the other images of the batch
     images_at_once: int | None = 8
 
     def __init__(
@@ -78,9 +78,9 @@ class CNNExtractor(BaseFeaturesExtractor):
     ):
         if not is_image_space(observation_space, normalized_image=normalized_image):
             raise ValueError(
-                f"CnnPolicy takes images, Box spaces of three axes and of uint8 from 0 to 255, not {observation_space}: use "
+                f"CnnPolicy takes images (Box spaces with three axes, uint8, from 0 to 255), not {observation_space}: use "
                 "MlpPolicy for vectors, MultiInputPolicy for a Dict, or normalize_images=False in policy_kwargs for "
-                "channel-first float images that are in [0, 1] already."
+                "channel-first float images that are already in [0, 1]."
             )
         assert observation_space.shape is not None
         channels, height, width = observation_space.shape
@@ -89,22 +89,22 @@ class CNNExtractor(BaseFeaturesExtractor):
             size = (size[0] - 3) // stride + 1, (size[1] - 3) // stride + 1
         if min(size) < 1:
             raise ValueError(
-                f"Images of {height}x{width} pixels are too small for the convolutions, which take 31x31 or more (space "
-                f"{observation_space}): enlarge them, for example with gymnasium.wrappers.ResizeObservation, or pass a "
-                "features_extractor_class of your own in policy_kwargs."
+                f"Images of {height}x{width} pixels are too small for the convolutions, which need at least 31x31 (space "
+                f"{observation_space}): enlarge them, for example with gymnasium.wrappers.ResizeObservation, or pass your own "
+                "features_extractor_class in policy_kwargs."
             )
         super().__init__(observation_space, self.CHANNELS * size[0] * size[1])
         layers: list[nn.Module] = []
         for stride in self.STRIDES:
             layers += [nn.Conv2d(channels, self.CHANNELS, kernel_size=3, stride=stride), make_activation(activation_fn)]
             channels = self.CHANNELS
-        # Channels last in memory: on a CPU the convolutions take a little more than half the time
+        # Channels last in memory nearly halves the time of the convolutions on a CPU
         self.layers = nn.Sequential(*layers, nn.Flatten()).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.layers.apply(init_weights)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: in [0, 1], (B, C, H, W)
+        :param observations: images in [0, 1], (B, C, H, W)
         :return: (B, features_dim)
         """
         return self.layers((observations - 0.5).contiguous(memory_format=th.channels_last))
@@ -112,13 +112,13 @@ class CNNExtractor(BaseFeaturesExtractor):
 
 class MultiInputExtractor(BaseFeaturesExtractor):
     """
-    Extractors side by side for a Dict: a CNN for each image, one MLP for everything else, their features concatenated.
+    A CNN for each image of a Dict and one MLP for all other observations, with concatenated features.
 
     :param observation_space: Dict of images and vectors
-    :param net_arch: sizes of the MLP's hidden layers
-    :param activation_fn: class of the activation
-    :param normalized_image: whether the space holds images that are normalised already (``normalize_images=False``)
-    :raises ValueError: if the space is not a Dict, or an image is too small
+    :param net_arch: sizes of the hidden layers of the MLP
+    :param activation_fn: activation function
+    :param normalized_image: whether images are normalised already (``normalize_images=False``)
+    :raises ValueError: if the space is not a Dict, or if an image is too small
     """
 
     images_at_once = CNNExtractor.images_at_once
@@ -145,7 +145,7 @@ class MultiInputExtractor(BaseFeaturesExtractor):
         if vector_dim > 0:
             features_dim += net_arch[-1]
         super().__init__(observation_space, features_dim)
-        # nn.ModuleDict refuses some names that are fine as keys of a space ("pop", or with a dot in it)
+        # Not an nn.ModuleDict, which rejects some valid keys of a space ("pop", or names with a dot)
         self.image_keys = list(cnns)
         if not cnns:
             self.images_at_once = None
@@ -157,7 +157,7 @@ class MultiInputExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
         """
-        :param observations: a value for each key of the space, (B, ...)
+        :param observations: observations by key, (B, ...) each
         :return: (B, features_dim)
         """
         features = [cnn(observations[key]) for key, cnn in zip(self.image_keys, self.cnns, strict=True)]

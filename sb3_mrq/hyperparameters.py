@@ -1,5 +1,5 @@
 """
-The hyperparameters of the updates, and which values of all of them can work.
+Hyperparameters of the updates, and checks of all hyperparameters.
 """
 
 import warnings
@@ -12,23 +12,23 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.persist.replay_files import other_buffer_error
+from sb3_mrq.persist.replay_files import buffer_mismatch_error
 
-#: in which networks can compute; ``"auto"`` stands for one of them
+#: precisions in which networks can compute; ``"auto"`` selects one of them
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class UpdateHyperparameters:
     """
-    Hyperparameters of the updates, under the names that they have in ``MRQ``.
+    Hyperparameters of the updates, named as in ``MRQ``.
 
     :param gamma: discount factor
-    :param max_grad_norm: bound on the gradient norm of the critic, over all heads together, None for none
-    :param target_policy_noise: standard deviation of the target policy's smoothing noise
-    :param target_noise_clip: bound on it
+    :param max_grad_norm: maximum gradient norm of the critic, over all heads together, None for no clipping
+    :param target_policy_noise: standard deviation of the smoothing noise of the target policy
+    :param target_noise_clip: limit for the absolute value of that noise
     :param priority_alpha: exponent of the priorities
-    :param min_td_error: errors below this have one priority
+    :param min_td_error: smaller TD errors share the same priority
     :param dynamics_loss_weight: weight of the embedding term in the encoder loss
     :param reward_loss_weight: weight of the reward term
     :param termination_loss_weight: weight of the termination term
@@ -36,9 +36,9 @@ class UpdateHyperparameters:
     :param infonce_temperature: what similarities of embeddings are divided by
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
     :param random_shift_pad: largest shift of images, in pixels
-    :param precision: "float32"; "bfloat16" if networks compute matrix products and keep activations in bfloat16 (values and
-        their targets, weights, losses and optimisers are in float32 in any case); "tf32" if float32 matrix products may be
-        computed in TF32 on devices that can (``torch.set_float32_matmul_precision("high")`` during updates)
+    :param precision: "float32"; "bfloat16" for matrix products and activations in bfloat16 (values and their targets, weights,
+        losses and optimisers are in float32 in any case); "tf32" for float32 matrix products in TF32 on devices that support
+        it (``torch.set_float32_matmul_precision("high")`` during updates)
     """
 
     gamma: float
@@ -57,11 +57,11 @@ class UpdateHyperparameters:
     precision: str
 
     @classmethod
-    def of(cls, model: Any, automatic_precision: str) -> "UpdateHyperparameters":
+    def from_model(cls, model: Any, automatic_precision: str) -> "UpdateHyperparameters":
         """
         :param model: an ``MRQ``
-        :param automatic_precision: what ``precision="auto"`` stands for
-        :return: its hyperparameters of the updates, as they are now
+        :param automatic_precision: precision that ``"auto"`` selects
+        :return: its current hyperparameters of the updates
         """
         values = {field.name: getattr(model, field.name) for field in fields(cls)}
         if values["precision"] == "auto":
@@ -71,8 +71,8 @@ class UpdateHyperparameters:
 
 def check_hyperparameters(model: Any) -> None:
     """
-    :param model: an ``MRQ``, whose hyperparameters to check
-    :raises ValueError: for values that cannot work, before any work is lost
+    :param model: an ``MRQ``
+    :raises ValueError: if a hyperparameter of the model is invalid
     """
     for name, least in (
         ("n_steps", 1),
@@ -121,33 +121,28 @@ def check_hyperparameters(model: Any) -> None:
         raise ValueError(
             f"action_noise is for Box actions, not {model.action_space}: leave it out and set exploration_noise instead."
         )
-    for name, of_model in (
-        ("horizon", "encoder_horizon"),
-        ("n_steps", "n_steps"),
-        ("fade", "replay_fade"),
-        ("fade_min", "replay_fade_min"),
-    ):
+    for name, argument in (("horizon", "encoder_horizon"), ("n_steps", "n_steps")):
         if name in model.replay_buffer_kwargs:
-            raise ValueError(f"replay_buffer_kwargs sets {name}, but the model must know: pass it {of_model} instead.")
+            raise ValueError(f"replay_buffer_kwargs sets {name}, but the model needs it too: pass {argument} to the model.")
     if model.replay_buffer_class is not None and not issubclass(model.replay_buffer_class, SubtrajectoryReplayBuffer):
         raise ValueError(
-            f"{model.replay_buffer_class.__name__} cannot give the sub-trajectories that MR.Q learns from: leave "
-            "replay_buffer_class out, or derive a class from sb3_mrq.buffers.SubtrajectoryReplayBuffer."
+            f"{model.replay_buffer_class.__name__} cannot sample the sub-trajectories that MR.Q learns from: omit "
+            "replay_buffer_class, or pass a subclass of sb3_mrq.buffers.SubtrajectoryReplayBuffer."
         )
 
 
 def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
     """
     :param model: an ``MRQ``
-    :param replay_buffer: what it is to learn from
-    :raises ValueError: if it cannot
+    :param replay_buffer: a replay buffer for the model
+    :raises ValueError: if the model cannot learn from this buffer
     """
     if not isinstance(replay_buffer, SubtrajectoryReplayBuffer):
         raise ValueError(
-            f"MR.Q learns from a SubtrajectoryReplayBuffer, not from a {type(replay_buffer).__name__}: start with "
-            "an empty buffer."
+            f"MR.Q learns from a SubtrajectoryReplayBuffer, not from a {type(replay_buffer).__name__}: start with an empty "
+            "buffer."
         )
-    for name, theirs, ours in (
+    for name, found, expected in (
         ("number of environments", replay_buffer.n_envs, model.n_envs),
         ("horizon", replay_buffer.horizon, model.encoder_horizon),
         ("n_steps", replay_buffer.n_steps, model.n_steps),
@@ -156,33 +151,33 @@ def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
         ("observation space", replay_buffer.observation_space, model.observation_space),
         ("action space", replay_buffer.action_space, model.action_space),
     ):
-        if theirs != ours:
-            raise other_buffer_error(name, theirs, ours)
+        if found != expected:
+            raise buffer_mismatch_error(name, found, expected)
 
 
-def warn_of_settings(model: Any, last_step: int, reset_num_timesteps: bool, bfloat16_is_fast: bool) -> None:
+def warn_about_settings(model: Any, last_step: int, reset_num_timesteps: bool, bfloat16_is_fast: bool) -> None:
     """
-    Warn of settings that are allowed, but hardly meant.
+    Warn about settings that are allowed, but are probably a mistake.
 
     :param model: an ``MRQ``
-    :param last_step: of the training that is about to begin
-    :param reset_num_timesteps: whether its steps are counted from 0
+    :param last_step: last timestep of the training that is about to start
+    :param reset_num_timesteps: whether its timesteps are counted from 0
     :param bfloat16_is_fast: whether the device has instructions for bfloat16
     """
     warn = partial(warnings.warn, stacklevel=6)
     if last_step <= model.learning_starts:
         warn(
-            f"Nothing will be learned: {last_step} steps end before learning_starts={model.learning_starts}. Train for "
-            "longer, or let learning start earlier."
+            f"Nothing will be learned: {last_step} steps are fewer than learning_starts={model.learning_starts}. Train "
+            "for longer, or reduce learning_starts."
         )
         return
     if reset_num_timesteps and model._n_updates > 0 and 0 < model.learning_starts <= model.replay_buffer.size():
         warn(
-            f"The first {model.learning_starts} steps will be random again, and nothing learned in them: steps are counted "
-            "from 0. To go on from where training was, pass reset_num_timesteps=False; or set learning_starts=0."
+            f"The first {model.learning_starts} steps will be random again, without learning, as steps are counted from 0. "
+            "Pass reset_num_timesteps=False to continue training, or set learning_starts=0."
         )
     if model.precision == "bfloat16" and not bfloat16_is_fast:
         warn(
-            f"precision='bfloat16' makes training many times slower here, as this device ({model.device}) has no "
-            "instructions for it. Leave precision out, or set it to 'float32'."
+            f"precision='bfloat16' makes training many times slower on this device ({model.device}), which has no "
+            "instructions for it. Omit precision, or set it to 'float32'."
         )

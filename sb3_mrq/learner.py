@@ -1,10 +1,9 @@
 """
 The two updates of training, samples in and new weights out: one of the encoder, one of the value heads and the policy.
 
-Shapes are static and nothing waits for the device, so that updates can be compiled and captured. What has a gradient is a
-function from samples to a loss, one for each loss; these can be compiled, and run under autocast if the matrix products are to
-be in bfloat16. Backward passes and optimisers are outside of them: autocast keeps the bfloat16 copy of a weight for as long as
-its region lasts, also when the weight has changed.
+Shapes are static and nothing waits for the device, so updates can be compiled and captured. Each loss is a function of
+samples. These functions can be compiled, and run under autocast for matrix products in bfloat16. Backward passes and optimiser
+steps are outside of autocast, which would otherwise keep bfloat16 copies of weights that have changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from sb3_mrq.networks import Predictions
 from sb3_mrq.observations import Observation, map_observation, unbind_time
 from sb3_mrq.policies import MRQPolicy
 
-# The functions that ``Learner.transform_losses`` chooses
+# Attributes that ``Learner.transform_losses`` sets
 TRANSFORMED = ("_encoder_loss", "_value_target", "_value_loss", "_policy_loss")
 
 
@@ -47,11 +46,11 @@ class Noise(NamedTuple):
 
 class ValueTarget(NamedTuple):
     """
-    What the value and the policy update share.
+    Inputs of the value and the policy update, without gradients.
 
     :param target: y, (B, 1)
-    :param z_s: state embedding of the online encoder, into which no gradient flows, (B, Z)
-    :param z_sa: state-action embedding of the online encoder, into which no gradient flows, (B, ZSA)
+    :param z_s: state embedding by the online encoder, (B, Z)
+    :param z_sa: state-action embedding by the online encoder, (B, ZSA)
     """
 
     target: th.Tensor
@@ -62,7 +61,7 @@ class ValueTarget(NamedTuple):
 def grad_norm(module: nn.Module) -> th.Tensor:
     """
     :param module: a network after a backward pass
-    :return: Euclidean norm of all its gradients, 0-d
+    :return: Euclidean norm of the gradients of all its parameters, 0-d
     """
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
@@ -80,30 +79,32 @@ def effective_rank(singular_values: th.Tensor) -> th.Tensor:
 
 def optimizer_step(optimizer: th.optim.Optimizer) -> None:
     """
-    :param optimizer: makes a step
+    :param optimizer: optimiser whose step to do
     """
     optimizer.step()
-    # Under a user's own autocast the bfloat16 copies of the weights would outlive it
+    # If the user has enabled autocast, its cached bfloat16 copies of the weights are outdated now
     th.clear_autocast_cache()
 
 
 def with_fixed_weights(module: nn.Module, *args: th.Tensor) -> th.Tensor:
     """
-    :param module: a network
+    Call a network without computing gradients of its weights. Gradients flow to its arguments.
+
+    :param module: the network
     :param args: its arguments
-    :return: its output, through which gradients flow to the arguments, but not to the weights, so that none are computed
+    :return: its output
     """
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
 
 
 class Learner:
     """
-    Updates the networks of a policy with their optimisers (``.optimizer`` of each online network).
+    Updates the networks of a policy with their optimisers (attribute ``optimizer`` of each online network).
 
-    A subclass changes the algorithm: ``encoder_terms``, ``bootstrap``, ``value_loss``, ``policy_loss``, ``priorities``.
+    A subclass may override ``encoder_terms``, ``bootstrap``, ``value_loss``, ``policy_loss`` and ``priorities``.
 
-    :param policy: holds the networks and their targets
-    :param hyperparameters: of the updates
+    :param policy: policy with the networks and their targets
+    :param hyperparameters: hyperparameters of the updates
     """
 
     def __init__(self, policy: MRQPolicy, hyperparameters: UpdateHyperparameters):
@@ -113,24 +114,24 @@ class Learner:
         self.actor, self.actor_target = policy.actor, policy.actor_target
         self.actions = policy.actions
         self.hyperparameters = hyperparameters
-        # Factor of the weight of the termination term, a tensor since compiled code would take a number for a constant
+        # 0 or 1, factor of the termination term. A tensor, because a Python number would be a constant in compiled code.
         self.termination_switch = th.ones((), device=policy.device)
         self.transform_losses(lambda function: function)
 
     def transform_losses(self, transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """
-        Choose how the losses are computed from now on.
+        Transform the functions that compute the losses, for example compile them.
 
-        :param transform: applied to each of the functions that compute them, for example to compile it
+        :param transform: called with each function, returns the function to use instead
         """
-        # As named in TRANSFORMED
+        # Keep in step with TRANSFORMED
         self._encoder_loss = transform(self.encoder_loss)
         self._value_target = transform(self.value_target)
         self._value_loss = transform(self.value_loss)
         self._policy_loss = transform(self.policy_loss)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled functions work on the networks of the original, also in a copy
+        # Compiled functions refer to the networks of this learner, so a copy must not share them
         return {name: value for name, value in self.__dict__.items() if name not in TRANSFORMED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,12 +140,12 @@ class Learner:
 
     @property
     def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
-        """Online networks and their targets."""
+        """Pairs of online network and target network."""
         return (self.encoder, self.encoder_target), (self.critic, self.critic_target), (self.actor, self.actor_target)
 
     @contextmanager
     def preserve_buffers_and_rng(self) -> Iterator[None]:
-        """Set buffers of networks, such as running means, and random generators back to what they were before the context."""
+        """Restore buffers of networks, such as running means, and random generators at the end of the context."""
         device = self.policy.device
         buffers = [buffer for online, target in self._pairs for network in (online, target) for buffer in network.buffers()]
         before = [buffer.clone() for buffer in buffers]
@@ -156,7 +157,7 @@ class Learner:
 
     @th.no_grad()
     def replace_targets(self) -> None:
-        """Copy all online networks to their targets, parameters and buffers."""
+        """Copy parameters and buffers of all online networks to their targets."""
         for online, target in self._pairs:
             sources, copies = ([*network.parameters(), *network.buffers()] for network in (online, target))
             for source, copy in zip(sources, copies, strict=True):
@@ -176,8 +177,10 @@ class Learner:
 
     def prepare_observation(self, obs: Observation) -> Observation:
         """
+        Shift images randomly, and preprocess.
+
         :param obs: sampled observations, (B, ...) or a dict of these
-        :return: as the encoder takes them, images randomly shifted
+        :return: input of the state encoder
         """
         if self.hyperparameters.random_shift_pad > 0:
             obs = map_observation(self._augment, obs, self.policy.observation_space)
@@ -188,10 +191,10 @@ class Learner:
 
     def update_encoder(self, samples: SubtrajectorySamples) -> dict[str, th.Tensor]:
         """
-        One step on the encoder loss, for f, g and m (equations 13 to 17 of the paper).
+        Do one gradient step on the encoder loss, for f, g and m (equations 13 to 17 of the paper).
 
-        :param samples: from the replay buffer
-        :return: the loss before the step, ``encoder_loss``, and its terms before weighting, 0-d each
+        :param samples: samples from the replay buffer
+        :return: ``encoder_loss`` before the step and its unweighted terms, by name, 0-d each
         """
         samples = samples._replace(
             observations=[self.prepare_observation(obs) for obs in unbind_time(samples.observations)],
@@ -200,22 +203,21 @@ class Learner:
         )
         loss, terms = self._encoder_loss(samples)
         self.encoder.optimizer.zero_grad()
-        if loss.requires_grad:  # unless all of it was frozen
+        if loss.requires_grad:  # not if the user has frozen the whole encoder
             loss.backward()
         optimizer_step(self.encoder.optimizer)
         return {"encoder_loss": loss.detach()} | {f"{name}_loss": term.detach() for name, term in terms.items()}
 
     def encoder_loss(self, samples: SubtrajectorySamples) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
-        :return: the loss of f, g and m, and its terms before weighting, 0-d each
+        :param samples: prepared samples, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
+        :return: the loss of f, g and m, and its unweighted terms by name, 0-d each
         """
         first_obs, *next_obs = samples.observations
         dtype = samples.rewards.dtype
         with self._autocast():
             with th.no_grad():
-                # One time step after the other: intermediate results stay in the processor's cache, and images take a fraction
-                # of the memory
+                # One time step at a time: intermediate results stay in the processor's cache, and images need much less memory
                 target_z_s = th.stack([self.encoder_target.state(obs) for obs in next_obs], dim=1)
             predictions = self.encoder.unroll(self.encoder.state(first_obs), samples.actions)
         predictions = Predictions(*(part.to(dtype) for part in predictions))
@@ -227,40 +229,40 @@ class Learner:
         self, samples: SubtrajectorySamples, predictions: Predictions, target_z_s: th.Tensor
     ) -> dict[str, tuple[float | th.Tensor, th.Tensor]]:
         """
-        The terms of the encoder loss (equation 17 of the paper); termination and InfoNCE only if their weight is not zero. A
-        subclass adds others. Each is logged as ``{name}_loss``.
+        Terms of the encoder loss (equation 17 of the paper). A subclass may add and remove terms. Each is logged as
+        ``{name}_loss``.
 
-        :param samples: prepared, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
-        :param predictions: of the online encoder
-        :param target_z_s: embeddings of s_1 to s_H by the target encoder, without a gradient, (B, H, Z)
-        :return: weight and term, 0-d, by name
+        :param samples: prepared samples, see :class:`~sb3_mrq.buffers.SubtrajectorySamples`
+        :param predictions: predictions of the online encoder
+        :param target_z_s: embeddings of s_1 to s_H by the target encoder, without gradients, (B, H, Z)
+        :return: weight and unweighted term (0-d) by name
         """
-        of, mask = self.hyperparameters, samples.mask
+        hyperparameters, mask = self.hyperparameters, samples.mask
         reward = losses.reward_loss(predictions.reward_logits, samples.rewards, mask, self.encoder.predictor.bins)
         terms: dict[str, tuple[float | th.Tensor, th.Tensor]] = {
-            "dynamics": (of.dynamics_loss_weight, losses.dynamics_loss(predictions.z_s, target_z_s, mask)),
-            "reward": (of.reward_loss_weight, reward),
+            "dynamics": (hyperparameters.dynamics_loss_weight, losses.dynamics_loss(predictions.z_s, target_z_s, mask)),
+            "reward": (hyperparameters.reward_loss_weight, reward),
         }
-        if of.termination_loss_weight > 0:
+        if hyperparameters.termination_loss_weight > 0:
             termination = losses.termination_loss(predictions.terminated, samples.terminated, mask)
-            terms["termination"] = of.termination_loss_weight * self.termination_switch, termination
-        if of.infonce_loss_weight > 0:
-            infonce = losses.infonce_loss(predictions.z_s, target_z_s, mask, of.infonce_temperature)
-            terms["infonce"] = of.infonce_loss_weight, infonce
+            terms["termination"] = hyperparameters.termination_loss_weight * self.termination_switch, termination
+        if hyperparameters.infonce_loss_weight > 0:
+            infonce = losses.infonce_loss(predictions.z_s, target_z_s, mask, hyperparameters.infonce_temperature)
+            terms["infonce"] = hyperparameters.infonce_loss_weight, infonce
         return terms
 
     def update_value_and_policy(
         self, samples: NStepSamples, noise: Noise | None = None
     ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """
-        One step on the value loss, for Q, then one on the policy loss, for pi, on the same batch (equations 18 to 20 of the
-        paper).
+        Do one gradient step on the value loss, for Q, then one on the policy loss, for pi, with the same batch (equations 18
+        to 20 of the paper).
 
-        :param samples: from the replay buffer
-        :param noise: sampled if None
-        :return: new priorities (B,), and the losses before the steps, 0-d each
+        :param samples: samples from the replay buffer
+        :param noise: noise of this update, sampled if None
+        :return: new priorities (B,), and metrics by name, 0-d each; losses are computed before the steps
         """
-        of = self.hyperparameters
+        max_grad_norm = self.hyperparameters.max_grad_norm
         samples = samples._replace(
             observations=self.prepare_observation(samples.observations),
             next_observations=self.prepare_observation(samples.next_observations),
@@ -275,13 +277,13 @@ class Learner:
         critic_loss, q = self._value_loss(z_sa, target)
         self.critic.optimizer.zero_grad()
         critic_loss.backward()
-        if of.max_grad_norm is None:
+        if max_grad_norm is None:
             critic_grad_norm = grad_norm(self.critic)
         else:
-            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), of.max_grad_norm)
+            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), max_grad_norm)
         optimizer_step(self.critic.optimizer)
 
-        # Policy step, through g and Q but for the weights of pi alone
+        # Policy step: gradients flow through g and Q, but only the weights of pi are updated
         actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
         self.actor.optimizer.zero_grad()
         actor_loss.backward()
@@ -298,26 +300,29 @@ class Learner:
     @th.no_grad()
     def value_target(self, samples: NStepSamples, noise: Noise) -> ValueTarget:
         """
-        :param samples: prepared, see :class:`~sb3_mrq.buffers.NStepSamples`
-        :param noise: of this update
+        Value target (equation 19 of the paper).
+
+        :param samples: prepared samples, see :class:`~sb3_mrq.buffers.NStepSamples`
+        :param noise: noise of this update
         :return: the target, and the embeddings of s_0 and a_0
         """
-        of, dtype = self.hyperparameters, samples.rewards.dtype
+        hyperparameters, dtype = self.hyperparameters, samples.rewards.dtype
+        std, clip = hyperparameters.target_policy_noise, hyperparameters.target_noise_clip
         with self._autocast():
             next_z_s = self.encoder_target.state(samples.next_observations)
             next_action = self.actions.activation(self.actor_target(next_z_s).to(dtype), noise.target_gumbel)
-            next_action = self.actions.smooth(next_action, noise.target_normal, of.target_policy_noise, of.target_noise_clip)
+            next_action = self.actions.smooth(next_action, noise.target_normal, std, clip)
             next_q = self.critic_target.value(self.critic_target(self.encoder_target.state_action(next_z_s, next_action)))
             z_s = self.encoder.state(samples.observations)
             z_sa = self.encoder.state_action(z_s, samples.actions)
-        returns, discount = losses.n_step_return(samples.rewards, samples.terminated, samples.mask, of.gamma)
+        returns, discount = losses.n_step_return(samples.rewards, samples.terminated, samples.mask, hyperparameters.gamma)
         scales = self.critic.reward_scale, self.critic_target.reward_scale
         return ValueTarget(losses.value_target(returns, discount, self.bootstrap(next_q), *scales), z_s, z_sa)
 
     def bootstrap(self, next_q: th.Tensor) -> th.Tensor:
         """
-        :param next_q: target values at the last observation and the target policy's action, (B, n_critics)
-        :return: the smallest of the heads, (B, 1)
+        :param next_q: values of the target policy's action for the last observation, by the target heads, (B, n_critics)
+        :return: minimum of the heads, (B, 1)
         """
         return next_q.amin(dim=1, keepdim=True)
 
@@ -355,8 +360,8 @@ class Learner:
     @th.no_grad()
     def embedding_metrics(self, samples: NStepSamples) -> dict[str, th.Tensor]:
         """
-        :param samples: from the replay buffer
-        :return: size and effective rank of the embeddings z_s, and the norm of the encoder's last gradient, 0-d each
+        :param samples: samples from the replay buffer
+        :return: norm and effective rank of the embeddings z_s, and norm of the last gradient of the encoder, 0-d each
         :raises DivergedError: if an embedding is not finite
         """
         self.policy.set_training_mode(False)

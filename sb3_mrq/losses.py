@@ -1,6 +1,6 @@
 """
-The formulas of MR.Q as free functions on tensors: two-hot rewards, the terms of the encoder loss, n-step target, value
-loss, policy loss, priorities.
+Formulas of MR.Q as functions on tensors: two-hot rewards, terms of the encoder loss, n-step target, value loss, policy loss,
+priorities.
 
 Equation numbers refer to Fujimoto et al., "Towards General-Purpose Model-Free Reinforcement Learning", ICLR 2025.
 Shapes: ``B`` batch, ``H`` horizon of the encoder, ``n`` horizon of the value, ``K`` reward bins, ``Z`` size of z_s, ``A``
@@ -28,12 +28,12 @@ def reward_bins(
     device: th.device | str | None = None,
 ) -> th.Tensor:
     """
-    Centres of the reward bins: ``symexp`` of evenly spaced points, so that they are dense around zero.
+    Centres of the reward bins: ``symexp`` of evenly spaced points, dense around zero.
 
     :param n_bins: number of bins
-    :param limit: the points run from ``-limit`` to ``limit``, the centres from ``symexp(-limit)`` to ``symexp(limit)``
-    :param dtype: of the result, torch's default if None
-    :param device: of the result
+    :param limit: the centres go from ``symexp(-limit)`` to ``symexp(limit)``
+    :param dtype: dtype of the result, torch's default if None
+    :param device: device of the result
     :return: ascending centres, (K,)
     """
     return symexp(th.linspace(-limit, limit, n_bins, dtype=th.float64)).to(
@@ -43,15 +43,15 @@ def reward_bins(
 
 def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """
-    Encode rewards as weights on the two neighbouring bins, linear in the reward itself (section 4.1 of the paper).
-    A reward at or beyond either end puts all its weight on the end bin.
+    Encode rewards as weights of the two neighbouring bins, linear in the reward (section 4.1 of the paper). A reward outside
+    the bins has all its weight on the outermost bin.
 
     :param rewards: (...)
     :param bins: ascending bin centres, (K,)
     :return: weights that sum to one, (..., K)
     """
     rewards = rewards.clamp(bins[0], bins[-1])
-    # The lower neighbour is at most the last but one bin: the upper one always exists and lies strictly above it
+    # At most the last bin but one, so that the upper neighbour exists
     lower = (th.searchsorted(bins, rewards.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
     upper_weight = (rewards - bins[lower]) / (bins[lower + 1] - bins[lower])
     weights = rewards.new_zeros((*rewards.shape, len(bins)))
@@ -62,8 +62,8 @@ def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
 
 def dynamics_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tensor) -> th.Tensor:
     """
-    Squared error of the predicted embeddings (equation 15 of the paper). As in the other terms of the encoder loss, the mean
-    runs over the whole batch, masked entries included; the sum over the horizon is not averaged.
+    Squared error of the predicted embeddings (equation 15 of the paper). Like all terms of the encoder loss, it is summed over
+    the horizon, and averaged over the whole batch including masked entries.
 
     :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
     :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)
@@ -123,14 +123,14 @@ def infonce_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tenso
 
 def n_step_return(rewards: th.Tensor, terminated: th.Tensor, mask: th.Tensor, gamma: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    Discounted sum of the rewards up to and including the last transition of the episode, and the factor of the value after it
-    (equation 19 of the paper): gamma to the number of transitions, zero after a termination.
+    Discounted sum of the rewards up to and including the last transition of the episode, and the discount of the value after
+    it (equation 19 of the paper): gamma to the power of the number of transitions, zero after a termination.
 
     :param rewards: (B, n)
     :param terminated: 1 where the episode terminated (not truncated), else 0, (B, n)
     :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, n)
     :param gamma: discount factor
-    :return: sum of rewards and discount of the bootstrap value, (B, 1) each
+    :return: sum of rewards, and discount of the bootstrap value, (B, 1) each
     """
     steps = th.arange(rewards.shape[1], device=rewards.device, dtype=rewards.dtype)
     returns = (mask * gamma**steps * rewards).sum(dim=1, keepdim=True)
@@ -150,10 +150,10 @@ def value_target(
     The n-step target in units of the current reward scale (equation 19 of the paper).
 
     :param returns: discounted sum of rewards, (B, 1)
-    :param discount: factor of the bootstrap value, (B, 1)
-    :param next_value: target value at the last observation and the target policy's action, the smallest of the heads, (B, 1)
-    :param reward_scale: mean absolute reward of the buffer, in which the online values are expressed
-    :param target_reward_scale: the one in which the target values are expressed
+    :param discount: discount of the bootstrap value, (B, 1)
+    :param next_value: value of the target policy's action for the last observation, minimum of the target heads, (B, 1)
+    :param reward_scale: mean absolute reward of the buffer, the unit of the online values
+    :param target_reward_scale: unit of the target values
     :return: (B, 1)
     """
     return (returns + discount * target_reward_scale * next_value) / reward_scale
@@ -185,13 +185,13 @@ def policy_loss(q: th.Tensor, pre_activation: th.Tensor, pre_activation_weight: 
 def td_priority(q: th.Tensor, target: th.Tensor, alpha: float = 0.4, min_td_error: float = 1.0) -> th.Tensor:
     """
     Priority of LAP (Fujimoto et al., 2020, arXiv 2007.06049): the largest absolute error of the heads, at least
-    ``min_td_error``, to the power ``alpha``. Where rewards shrink so much that the target leaves the range of float32, the
-    error counts as the largest number: the priority stays finite, as the gradient of the Huber loss does.
+    ``min_td_error``, to the power ``alpha``. An infinite error, from a target that overflows float32, counts as the largest
+    float32, so that priorities are finite.
 
     :param q: (B, n_critics)
     :param target: (B, 1)
     :param alpha: exponent, 0 for uniform sampling
-    :param min_td_error: errors below this share one priority (where the Huber loss is quadratic)
+    :param min_td_error: smaller errors, for which the Huber loss is quadratic, share the same priority
     :return: (B,)
     """
     return (q - target).abs().amax(dim=1).clamp(min_td_error, th.finfo(q.dtype).max) ** alpha

@@ -1,5 +1,5 @@
 """
-MR.Q for Stable-Baselines3: hyperparameters, schedule (what is updated when), logging, and what is saved.
+MR.Q for Stable-Baselines3: hyperparameters, update schedule, logging, saving.
 """
 
 import warnings
@@ -22,11 +22,11 @@ from sb3_mrq.accelerate.updates import Updates, restore_groups
 from sb3_mrq.action_spaces import make_actions
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import check_observation_space
-from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters, check_replay_buffer, warn_of_settings
+from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters, check_replay_buffer, warn_about_settings
 from sb3_mrq.learner import Learner, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.off_policy_algorithm import ResumableOffPolicyAlgorithm
-from sb3_mrq.persist.weights import take_over_reward_scales, with_reward_scales
+from sb3_mrq.persist.weights import add_reward_scales, restore_old_reward_scales
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 
 SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
@@ -39,15 +39,14 @@ class MRQ(ResumableOffPolicyAlgorithm):
     Paper: "Towards General-Purpose Model-Free Reinforcement Learning", Fujimoto, D'Oro, Zhang, Tian and Rabbat, ICLR 2025,
     https://arxiv.org/abs/2501.16142
 
-    The default hyperparameters are the paper's and are meant for every task: continuous and discrete actions, vectors and
-    images.
+    The default hyperparameters are the ones of the paper, for all tasks: continuous and discrete actions, vectors and images.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate of value heads and policy,
         it can be a function of the current progress remaining (from 1 to 0)
-    :param buffer_size: size of the replay buffer, over all environments. The final observation of an episode takes a slot of
-        its own: an episode of m steps takes m + 1.
+    :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots, the last one
+        for its final observation.
     :param learning_starts: how many steps of the model to collect transitions for before learning starts, over all
         environments. Until then actions are uniformly random.
     :param batch_size: Minibatch size for each gradient update
@@ -56,41 +55,42 @@ class MRQ(ResumableOffPolicyAlgorithm):
         like ``(5, "step")`` or ``(2, "episode")``.
     :param gradient_steps: How many training steps to do after each rollout (see ``train_freq``)
         Set to ``-1`` means to do as many as steps done in the environment during the rollout.
-    :param action_noise: exploration noise for Box actions, in place of the built-in Gaussian noise (see ``exploration_noise``)
+    :param action_noise: exploration noise for Box actions, replaces the built-in Gaussian noise (see ``exploration_noise``)
     :param replay_buffer_class: Replay buffer class to use, a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` (the default)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
-    :param optimize_memory_usage: Accepted as in other algorithms, but of no effect: observations are always stored once.
+    :param optimize_memory_usage: No effect, for compatibility with other algorithms: observations are always stored once.
     :param n_steps: Horizon of the value target
     :param encoder_horizon: Horizon over which the encoder predicts
-    :param target_update_interval: Number of training steps (not of environment steps, as in DQN) between replacements of the
-        target networks. Each also renews the reward scale, and is followed by as many encoder updates.
+    :param target_update_interval: Number of training steps (not environment steps, as in DQN) between replacements of the
+        target networks. Each replacement also updates the reward scale, and is followed by as many encoder updates.
     :param encoder_learning_rate: learning rate of the encoder,
         it can be a function of the current progress remaining (from 1 to 0)
-    :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. Half of it
-        is added to the one-hot vectors of discrete actions. ``target_policy_noise`` and ``target_noise_clip`` are halved, too.
+    :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. It is
+        halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
-    :param max_grad_norm: Bound on the gradient norm of the value heads, None for no bound
+    :param max_grad_norm: Maximum gradient norm of the value heads, None for no clipping
     :param reward_scaling: Whether value targets are divided by the mean absolute reward of the replay buffer
     :param priority_alpha: Exponent of the priorities of the replay buffer, 0 for uniform sampling
     :param min_td_error: Transitions with a smaller TD error share the same priority
     :param dynamics_loss_weight: Weight of the embedding term of the encoder loss
     :param reward_loss_weight: Weight of the reward term of the encoder loss
-    :param termination_loss_weight: Weight of the termination term of the encoder loss, which is
-        left out until an episode has terminated
-    :param infonce_loss_weight: Weight of the contrastive term of the encoder loss (InfoNCE, of DR.Q), 0 for none
+    :param termination_loss_weight: Weight of the termination term of the encoder loss, 0 until an episode has terminated
+    :param infonce_loss_weight: Weight of the contrastive term of the encoder loss (InfoNCE, from DR.Q)
     :param infonce_temperature: Temperature of the contrastive term
-    :param replay_fade: Factor by which the probability of a transition falls with each one that is stored after it (of DR.Q)
-    :param replay_fade_min: The probability falls no lower than by this factor
+    :param replay_fade: Factor by which the probability of a transition falls with each one stored after it (from DR.Q)
+    :param replay_fade_min: Lower bound on the product of these factors
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
-    :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
-    :param precision: ``"float32"``; ``"tf32"`` for float32 matrix products in TF32 on GPUs that have it; or ``"bfloat16"`` for
-        matrix products and activations in bfloat16. ``"auto"`` is bfloat16 on processors with AMX or AVX512-BF16 for vector
-        observations and layers of this package and of torch, else float32. See the page on performance.
+    :param random_shift_pad: Largest random shift of images in training batches (data augmentation), in pixels, 0 for none
+    :param precision: Precision of matrix products and activations in updates: ``"float32"``; ``"tf32"`` for matrix products in
+        TF32 on GPUs that support it; ``"bfloat16"`` for processors with AMX or AVX512-BF16 and for GPUs. ``"auto"`` selects
+        bfloat16 on such processors for vector observations and layers of this package and of torch, else float32.
+        ``model.learner.hyperparameters.precision`` is the selected one. With bfloat16, normalise observations that differ by
+        less than one per cent of their size.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
-        starts, and to capture whole training steps as CUDA graphs on a CUDA device. ``"auto"`` captures them there if
-        possible, without compiling, and compiles on a CPU if the run is planned for at least ``COMPILE_FROM`` steps after the
-        warm-up. Training goes on without, after a warning, if that fails. Read when the model is created or loaded.
+        starts, and to capture training steps as CUDA graphs on a CUDA device. ``"auto"`` only captures on a CUDA device, and
+        compiles on a CPU if the run is planned for at least ``COMPILE_FROM`` steps after the warm-up. If either fails,
+        training continues without it, with a warning. Changes after the model is created or loaded have no effect.
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
         the reported success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -119,7 +119,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
-    # Steps from which compilation is worth while: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms of a step
+    # Steps from which compiling saves time: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms per step
     COMPILE_FROM = 10_000
 
     def __init__(
@@ -212,7 +212,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.precision = precision
         self.compile_updates = compile_updates
 
-        # Training step before which the targets were last replaced, and encoder updates since, of those that belong to it
+        # Training step before which the targets were last replaced, and number of encoder updates since then
         self._targets_replaced_at: int | None = None
         self._n_encoder_updates = 0
 
@@ -222,13 +222,13 @@ class MRQ(ResumableOffPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         if isinstance(env, (gym.Env, VecEnv)):
-            # Both raise errors for spaces that are not supported, with the remedy. Others are converted first, or refused.
+            # Raise errors for unsupported spaces early. Other kinds of environments are converted or rejected by SB3.
             check_observation_space(env.observation_space)
             make_actions(env.action_space)
         return ResumableOffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
-        # Not that of OffPolicyAlgorithm, in which n_steps chooses another replay buffer
+        # Replaces the method of OffPolicyAlgorithm, in which n_steps selects another replay buffer
         check_hyperparameters(self)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
@@ -246,10 +246,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.policy = self.policy.to(self.device)
         self._create_aliases()
         self._convert_train_freq()
-        take_over_reward_scales(self)
-        # Once, as networks and device stay, and hyperparameters are looked up at every training step
+        restore_old_reward_scales(self)
+        # Computed once, as networks and device do not change
         self.automatic_precision = automatic_precision(self.device, self.encoder, self.critic, self.actor)
-        self.learner = self.learner_class(self.policy, UpdateHyperparameters.of(self, self.automatic_precision))
+        self.learner = self.learner_class(self.policy, UpdateHyperparameters.from_model(self, self.automatic_precision))
         self.updates = Updates(self.learner, self.device, self.compile_updates, self.verbose)
         self.updates.compile(self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
@@ -269,7 +269,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     @property
     def reward_scale(self) -> float:
-        """rbar, mean absolute reward of the buffer when the targets were last replaced: the unit of the values."""
+        """Unit of the values: mean absolute reward of the buffer when the targets were last replaced (rbar in the paper)."""
         return self.critic.reward_scale.item()
 
     @reward_scale.setter
@@ -278,7 +278,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     @property
     def target_reward_scale(self) -> float:
-        """rbar', the reward scale that the target networks were trained under."""
+        """Reward scale that the target networks were trained with (rbar' in the paper)."""
         return self.critic_target.reward_scale.item()
 
     @target_reward_scale.setter
@@ -303,9 +303,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.replay_buffer.check_size()
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
-        warn_of_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
+        warn_about_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
         if self.compile_updates == "auto" and last_step - self.learning_starts >= self.COMPILE_FROM:
-            self.updates.compile_on_a_cpu()
+            self.updates.compile_on_cpu()
         return super()._setup_learn(total_timesteps, *args, **kwargs)
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
@@ -313,16 +313,16 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
-        Do training steps: one update of the value heads and one of the policy each. Before every
-        ``target_update_interval``-th, the targets are replaced, the reward scale is renewed, and as many encoder updates are
-        done. While no transition can be sampled nothing is done. No environment is needed.
+        Do training steps. Each is one update of the value heads and one of the policy. Every ``target_update_interval`` steps,
+        the targets are replaced, the reward scale is updated, and ``target_update_interval`` encoder updates are done first.
+        Nothing is done until a transition can be sampled. No environment is needed.
 
-        If a signal is to end training, the steps are put off until training goes on, and done before those of the next call.
-        The same holds for steps that an error or Ctrl-C has interrupted.
+        If training is stopping because of a signal, the steps are left to the next call. The same holds for steps that an
+        error or Ctrl-C has interrupted.
 
         :param gradient_steps: How many training steps to do
-        :param batch_size: sub-trajectories of an encoder update, transitions of a value and policy update
-        :raises DivergedError: if what the networks compute is not finite
+        :param batch_size: number of sub-trajectories of an encoder update, and of transitions of a value and policy update
+        :raises DivergedError: if losses, embeddings or TD errors are not finite
         """
         assert self.replay_buffer is not None
         self._require_logger()
@@ -336,11 +336,11 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.logger.record("train/encoder_learning_rate", encoder_learning_rate)
 
         self.gradient_steps_left += gradient_steps
-        # While the first episode is shorter than the horizon nothing can be sampled
+        # Nothing can be sampled until the first episode has ended or is longer than the horizon
         if self.replay_buffer.n_sampleable == 0:
             self.gradient_steps_left = 0
         if self.gradient_steps_left > 0 and not self.stop_signals.pending:
-            self.learner.hyperparameters = UpdateHyperparameters.of(self, self.automatic_precision)
+            self.learner.hyperparameters = UpdateHyperparameters.from_model(self, self.automatic_precision)
             self.learner.termination_switch.fill_(self.replay_buffer.has_terminated)
             self.updates.prepare(self.replay_buffer, batch_size, self._vec_normalize_env)
         while self.gradient_steps_left > 0 and not self.stop_signals.pending and self._training_step():
@@ -352,7 +352,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         """
         :return: False if a signal interrupted the encoder burst, which the next call resumes
         """
-        # Every so many steps: new targets, new reward scale, and the encoder updates of the steps to come
+        # Every target_update_interval steps: replace targets, update the reward scale, and do a burst of encoder updates
         if self._n_updates % self.target_update_interval == 0:
             if self._targets_replaced_at != self._n_updates:
                 self._replace_targets()
@@ -371,44 +371,44 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return True
 
     def _replace_targets(self) -> None:
-        """Replace all target networks and renew the reward scale; the targets keep the scale they were trained under."""
+        """Replace all target networks, with their reward scale, then update the reward scale of the critic."""
         assert self.replay_buffer is not None
         self.learner.replace_targets()
         if not self.reward_scaling:
             return
         mean = self.replay_buffer.mean_abs_reward(self._vec_normalize_env)
-        # If training goes on with a new buffer, to which no reward has come yet, the values keep their units
+        # A new buffer without rewards so far does not change the unit of values that are already trained
         if mean > 0 or self.replay_buffer.full or self._targets_replaced_at is None:
             self.critic.reward_scale.fill_(max(mean, 1e-8))
 
     def _record(self, metrics: dict[str, float]) -> None:
-        """Log metrics, unless one is not finite."""
+        """Log metrics, and raise an error if one is not finite."""
         if not np.isfinite(list(metrics.values())).all():
-            raise DivergedError(f"means of the last updates are {metrics}")
+            raise DivergedError(f"the means of the metrics of the last updates are {metrics}")
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value)
 
     def _log_encoder(self) -> None:
-        """Log the encoder updates just done, and the embedding they led to."""
+        """Log metrics of the last burst of encoder updates and of the embeddings after it."""
         self._record(self.updates.encoder_metrics.take())
         metrics = self.learner.embedding_metrics(self.updates.sample_n_step())
         self._record(dict(zip(metrics, th.stack([*metrics.values()]).tolist(), strict=True)))
         self.logger.record("train/reward_scale", self.reward_scale)
 
     def _log_value_and_policy(self) -> None:
-        """Log the last value and policy updates."""
+        """Log metrics of the last value and policy updates."""
         means = self.updates.value_policy_metrics.take()
         if means:
             self._record(means | {"actor_grad_norm": grad_norm(self.actor).item()})
 
     def dump_logs(self) -> None:
-        """Write log data, that of the last updates included."""
+        """Write log data, including the metrics of the last updates."""
         self._log_value_and_policy()
         super().dump_logs()
 
     @property
     def training_progress(self) -> tuple[int, ...]:
-        """Steps, training steps, and encoder updates of the present burst."""
+        """Timesteps, training steps, and encoder updates of the current burst."""
         return (*super().training_progress, self._n_encoder_updates)
 
     def get_checkpoint_info(self) -> dict[str, Any]:
@@ -419,8 +419,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         before = info.get("precision", precision)
         if self.precision == "auto" and precision != before:
             warnings.warn(
-                f"The run computed in {before} before, and goes on in {precision}, the automatic choice on this device. "
-                f"Pass precision={before!r} to keep the precision.",
+                f"The run computed in {before} before, and continues in {precision}, which is the automatic choice on this "
+                f"device. Pass precision={before!r} to keep the precision.",
                 stacklevel=5,
             )
 
@@ -435,7 +435,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         parameters = super().get_parameters()
         for name in self._get_torch_save_params()[0]:
             if name.endswith("optimizer"):
-                # As they would be if training steps were not captured
+                # Undo changes that capturing has made
                 restore_groups(parameters[name]["param_groups"], recursive_getattr(self, name))
         return parameters
 
@@ -447,10 +447,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
         :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception. The reward scales may be missing, as in files of 0.1.
+            parameters, otherwise raises an Exception. The reward scales may be missing, as in files of version 0.1.
         :param device: Device on which the code should run.
         """
-        super().set_parameters(with_reward_scales(self, load_path_or_dict, device), exact_match, device)
+        super().set_parameters(add_reward_scales(self, load_path_or_dict, device), exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]

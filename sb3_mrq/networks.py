@@ -1,7 +1,7 @@
 """
-The networks of MR.Q: state encoder f, state-action encoder g with its linear MDP head m, value heads Q and actor.
+Networks of MR.Q: state encoder f, state-action encoder g, linear MDP predictor m, value heads Q and actor.
 
-Shapes: ``B`` batch, ``Z`` size of z_s (512), ``ZSA`` size of z_sa (512), ``A`` action vector.
+Shapes: ``B`` batch, ``Z`` size of z_s (512), ``ZSA`` size of z_sa (512), ``A`` size of the action vector.
 """
 
 import math
@@ -18,10 +18,10 @@ from sb3_mrq.observations import Observation, images_to_floats, split_observatio
 
 def init_weights(module: nn.Module) -> None:
     """
-    Xavier-uniform weights with gain sqrt(2) and zero biases, for every linear layer and convolution. Used with
+    Initialise linear layers and convolutions with Xavier-uniform weights (gain sqrt(2)) and zero biases. For use with
     ``Module.apply``.
 
-    :param module: a layer of any kind, others than these stay as they are
+    :param module: a module; other types do not change
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
@@ -31,10 +31,10 @@ def init_weights(module: nn.Module) -> None:
 
 def make_activation(activation_fn: type[nn.Module]) -> nn.Module:
     """
-    :param activation_fn: class of the activation
-    :return: the activation, of what a linear layer, convolution or layer norm has just made and nothing else uses
+    :param activation_fn: activation function
+    :return: the activation, in place if possible; its input must not be used elsewhere
     """
-    # Its gradient needs the output alone, and memory is what it takes time for
+    # In place is faster, as memory limits the speed; the gradient of ELU needs only the output
     return nn.ELU(inplace=True) if activation_fn is nn.ELU else activation_fn()
 
 
@@ -42,7 +42,7 @@ class LayerNormActivation(nn.Module):
     """
     Layer normalisation without learnable scale or bias, then an activation.
 
-    :param activation_fn: class of the activation
+    :param activation_fn: activation function
     """
 
     def __init__(self, activation_fn: type[nn.Module]):
@@ -59,12 +59,12 @@ class LayerNormActivation(nn.Module):
 
 def layer_norm_mlp(input_dim: int, net_arch: list[int], activation_fn: type[nn.Module], output_dim: int = 0) -> nn.Sequential:
     """
-    Linear, layer norm, activation for every hidden layer, then a linear output layer.
+    Linear layer, layer norm and activation for each hidden layer, then a linear output layer.
 
     :param input_dim: size of the input
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: class of the activation
-    :param output_dim: size of the output, 0 for none: then the network ends with the last activation
+    :param activation_fn: activation function
+    :param output_dim: size of the output, 0 for no output layer
     :return: the network
     """
     layers: list[nn.Module] = []
@@ -78,20 +78,20 @@ def layer_norm_mlp(input_dim: int, net_arch: list[int], activation_fn: type[nn.M
 
 class StateEncoder(nn.Module):
     """
-    f: a features extractor followed by one head, z_s = act(LN(Linear(extractor(s)))).
+    State encoder f: a features extractor, then a linear layer, z_s = act(LN(Linear(extractor(s)))).
 
-    On a CPU, large batches of images go through the extractor a few at a time: what is computed for them then stays in the
-    processor's cache, which takes a third of the time, and a fraction of the memory.
+    On a CPU, the extractor processes a batch of images in small parts. Intermediate results then stay in the processor's
+    cache, which takes a third of the time and a fraction of the memory.
 
     :param features_extractor: network from preprocessed observations to (B, features_dim)
     :param features_dim: size of the extractor's output
     :param z_s_dim: size of the state embedding
-    :param activation_fn: class of the activation
-    :param images_at_once: observations that the extractor takes at once for each thread on a CPU, all of a batch if None. The
-        extractor must treat each on its own, as batch normalisation does not.
+    :param activation_fn: activation function
+    :param images_at_once: number of observations per thread that the extractor processes at once on a CPU, None for the whole
+        batch. None is required if observations of a batch affect each other, as in batch normalisation.
     """
 
-    # Where this is compiled, and each of them with it
+    # Number of parts of a batch in compiled code, which compiles each of them
     COMPILED_PARTS = 8
 
     def __init__(
@@ -110,7 +110,7 @@ class StateEncoder(nn.Module):
 
     def forward(self, obs: Observation) -> th.Tensor:
         """
-        :param obs: preprocessed observations, (B, ...) or a dict of these; images may still be bytes
+        :param obs: preprocessed observations, (B, ...) or a dict of these; images may be uint8
         :return: z_s, (B, Z)
         """
         features = [self.features_extractor(images_to_floats(part)) for part in self._split(obs)]
@@ -131,17 +131,18 @@ class StateEncoder(nn.Module):
 
 class StateActionEncoder(nn.Module):
     """
-    g: z_a = act(Linear(a)); z_sa = LNMLP([z_s, z_a]), no activation on the output.
+    State-action encoder g: z_a = act(Linear(a)), z_sa = LNMLP([z_s, z_a]) without an activation of the output.
 
-    The first layer on [z_s, z_a] is held as two matrices, one for each part. Their sum is the same function, but the part of
-    the actions can be computed for a whole horizon at once, and the policy loss needs no gradient of the part of the state.
+    The first layer on [z_s, z_a] has two matrices, one for z_s and one for z_a, whose outputs are added. The function is the
+    same, but the outputs for the actions of a whole horizon can be computed at once, and the policy loss needs no gradient of
+    the matrix for z_s.
 
     :param z_s_dim: size of the state embedding
     :param action_dim: size of the action vector
     :param z_a_dim: size of the action embedding
     :param z_sa_dim: size of the state-action embedding
     :param net_arch: sizes of the hidden layers, at least one
-    :param activation_fn: class of the activation
+    :param activation_fn: activation function
     """
 
     def __init__(
@@ -155,14 +156,14 @@ class StateActionEncoder(nn.Module):
             LayerNormActivation(activation_fn), *layer_norm_mlp(net_arch[0], net_arch[1:], activation_fn, z_sa_dim)
         )
         self.apply(init_weights)
-        # Two parts of one matrix: the bound of Xavier's initialisation is that of the whole, whose input is both
+        # Xavier's bound for the matrix of both parts, whose input is [z_s, z_a]
         bound = math.sqrt(2) * math.sqrt(6 / (z_s_dim + z_a_dim + net_arch[0]))
         for part in (self.state_input, self.action_input):
             nn.init.uniform_(part.weight, -bound, bound)
 
     def project_action(self, action: th.Tensor) -> th.Tensor:
         """
-        The part of the first layer that depends on the action alone.
+        Output of the part of the first layer that depends only on the action.
 
         :param action: (..., A)
         :return: (..., net_arch[0])
@@ -172,7 +173,7 @@ class StateActionEncoder(nn.Module):
     def join(self, z_s: th.Tensor, projected_action: th.Tensor) -> th.Tensor:
         """
         :param z_s: (B, Z)
-        :param projected_action: from ``project_action``, (B, net_arch[0])
+        :param projected_action: output of ``project_action``, (B, net_arch[0])
         :return: z_sa, (B, ZSA)
         """
         return self.layers(self.state_input(z_s) + projected_action)
@@ -188,7 +189,7 @@ class StateActionEncoder(nn.Module):
 
 class MDPPredictor(nn.Module):
     """
-    m: one linear layer from z_sa to termination, next z_s and reward logits. It is linear on purpose: z_sa is to hold what is
+    MDP predictor m: a linear layer from z_sa to termination, next z_s and reward logits. It is linear so that z_sa becomes
     linearly related to the value (theorem 1 of the paper).
 
     :param z_sa_dim: size of the state-action embedding
@@ -217,7 +218,7 @@ class MDPPredictor(nn.Module):
 
 class Predictions(NamedTuple):
     """
-    What the encoder predicts over a horizon.
+    Predictions of the encoder over a horizon.
 
     :param terminated: (B, H)
     :param z_s: embeddings of the next observations, (B, H, Z)
@@ -231,11 +232,11 @@ class Predictions(NamedTuple):
 
 class Encoder(nn.Module):
     """
-    Everything the encoder loss trains: f, g and m.
+    The networks that the encoder loss trains.
 
-    :param state: f
-    :param state_action: g
-    :param predictor: m
+    :param state: state encoder f
+    :param state_action: state-action encoder g
+    :param predictor: MDP predictor m
     """
 
     def __init__(self, state: StateEncoder, state_action: StateActionEncoder, predictor: MDPPredictor):
@@ -248,8 +249,8 @@ class Encoder(nn.Module):
 
     def unroll(self, z_s: th.Tensor, actions: th.Tensor) -> Predictions:
         """
-        Predict a horizon from the first embedding and the actions, feeding each predicted embedding straight back (equation
-        13 of the paper).
+        Predict a horizon from the first embedding and the actions. Each predicted embedding is the input of the next step
+        (equation 13 of the paper).
 
         :param z_s: embedding of the first observation, (B, Z)
         :param actions: (B, H, A)
@@ -266,7 +267,7 @@ class Encoder(nn.Module):
 
 class EnsembleLinear(nn.Module):
     """
-    A linear layer for each of several independent networks, computed as one batched product.
+    Linear layers of several independent networks, computed as one batched matrix product.
 
     :param n: number of networks
     :param input_dim: size of the input
@@ -275,7 +276,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, n: int, input_dim: int, output_dim: int):
         super().__init__()
-        # Inputs before outputs, the other way round than in nn.Linear: gradients come out of a batched product in this order
+        # (inputs, outputs), transposed relative to nn.Linear: the batched product returns gradients in this layout
         self.weight = nn.Parameter(th.empty(n, input_dim, output_dim))
         self.bias = nn.Parameter(th.zeros(n, 1, output_dim))
         for weight in self.weight.data:
@@ -291,19 +292,20 @@ class EnsembleLinear(nn.Module):
 
 class Critic(nn.Module):
     """
-    Q: independent value heads on z_sa, each Linear-LN-activation for every hidden layer, then a linear layer to a scalar.
+    Q: independent value heads on z_sa. Each has a linear layer, layer norm and activation for each hidden layer, then a linear
+    layer with one output.
 
-    That last layer is computed in float32 also where autocast computes the others in bfloat16. The 8 bits of a bfloat16 would
-    put values in steps of half a per cent, which hide what the actions in a state differ by: learning starts late.
+    This output layer computes in float32 even if autocast enables bfloat16. A bfloat16 value has a resolution of half a per
+    cent, which hides the differences between actions in a state, so that learning would start late.
 
     :param z_sa_dim: size of the state-action embedding
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: class of the activation
+    :param activation_fn: activation function
     :param n_critics: number of heads
     """
 
-    # Mean absolute reward of the buffer when the targets were last replaced, the unit of the values. Replacing the targets
-    # copies it, so that of the target critic is the one that it was trained under.
+    # Unit of the values: mean absolute reward of the buffer when the targets were last replaced. Replacing the targets copies
+    # it, so the target critic has the scale that it was trained with.
     reward_scale: th.Tensor
 
     def __init__(self, z_sa_dim: int, net_arch: list[int], activation_fn: type[nn.Module], n_critics: int = 2):
@@ -334,14 +336,14 @@ class Critic(nn.Module):
 
     def value(self, output: th.Tensor) -> th.Tensor:
         """
-        :param output: of ``forward``
-        :return: the values that it stands for, (B, n_critics)
+        :param output: output of ``forward``
+        :return: values, (B, n_critics)
         """
         return output
 
     def loss(self, output: th.Tensor, target: th.Tensor) -> th.Tensor:
         """
-        :param output: of ``forward``
+        :param output: output of ``forward``
         :param target: (B, 1)
         :return: 0-d
         """
@@ -350,13 +352,13 @@ class Critic(nn.Module):
 
 class Actor(nn.Module):
     """
-    pi before its activation: an LNMLP on z_s. The activation is a matter of the action space, see
+    Policy pi without its final activation: an LNMLP on z_s. The final activation depends on the action space, see
     :mod:`sb3_mrq.action_spaces`.
 
     :param z_s_dim: size of the state embedding
     :param action_dim: size of the action vector
     :param net_arch: sizes of the hidden layers
-    :param activation_fn: class of the activation
+    :param activation_fn: activation function
     """
 
     def __init__(self, z_s_dim: int, action_dim: int, net_arch: list[int], activation_fn: type[nn.Module]):

@@ -1,5 +1,5 @@
 """
-Observations are arrays or tensors, or dicts of these for Dict spaces: what is done to every part, whichever they are.
+Functions on observations, which are arrays or tensors, or dicts of these for Dict spaces.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,12 @@ Observation = th.Tensor | dict[str, th.Tensor]
 
 def map_observation(function: Callable[..., Any], obs: Any, *others: Any) -> Any:
     """
-    :param function: of a part of the observations, and of the same part of each of the others
+    Apply a function to observations, or to each entry of a dict of observations.
+
+    :param function: function of observations and of further arguments
     :param obs: observations, or a dict of these
-    :param others: what goes with them, with the same keys: a space, say
-    :return: what the function makes of the observations, or a dict of what it makes of each
+    :param others: further arguments, such as a space; dicts with the same keys if the observations are a dict
+    :return: result of the function, or a dict of its results
     """
     if isinstance(obs, dict):
         return {key: function(value, *(other[key] for other in others)) for key, value in obs.items()}
@@ -25,7 +27,7 @@ def map_observation(function: Callable[..., Any], obs: Any, *others: Any) -> Any
 def images_to_floats(obs: Observation) -> Observation:
     """
     :param obs: observations, (B, ...) or a dict of these
-    :return: the same, bytes from 0 to 255 as floats from 0 to 1
+    :return: the observations, with uint8 values from 0 to 255 converted to floats from 0 to 1
     """
     return map_observation(lambda value: value.float().div_(255) if value.dtype == th.uint8 else value, obs)
 
@@ -33,7 +35,7 @@ def images_to_floats(obs: Observation) -> Observation:
 def split_observation(obs: Observation, size: int) -> list[Observation]:
     """
     :param obs: (B, ...) or a dict of these
-    :param size: of the parts along the first axis, of which the last may be smaller
+    :param size: size of the parts along the first axis; the last part may be smaller
     :return: the parts, as views
     """
     return _transpose(map_observation(lambda value: value.split(size), obs))
@@ -42,14 +44,14 @@ def split_observation(obs: Observation, size: int) -> list[Observation]:
 def unbind_time(obs: Observation) -> list[Observation]:
     """
     :param obs: (B, T, ...) or a dict of these
-    :return: T observations (B, ...) or dicts of these
+    :return: list of T observations, (B, ...) or dicts of these
     """
     return _transpose(map_observation(lambda value: value.unbind(1), obs))
 
 
 def _transpose(parts: Any) -> list[Observation]:
     """
-    :param parts: a sequence of tensors, or a dict of sequences of one length
+    :param parts: a sequence of tensors, or a dict of sequences of the same length
     :return: list of tensors, or of dicts
     """
     if isinstance(parts, dict):

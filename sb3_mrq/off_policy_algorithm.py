@@ -1,5 +1,5 @@
 """
-Stable-Baselines3's ``OffPolicyAlgorithm``, stoppable by signals, resumable from checkpoints, strict about environments.
+Stable-Baselines3's ``OffPolicyAlgorithm`` with stopping on signals, resuming from checkpoints, and checks of environments.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ SelfResumable = TypeVar("SelfResumable", bound="ResumableOffPolicyAlgorithm")
 
 
 class TrainingCallbacks(CallbackList):
-    """The callbacks of ``learn``. Once all of them are ready, training steps that were put off are done."""
+    """The callbacks of ``learn``. Outstanding training steps are done after the start of training of all callbacks."""
 
     model: "ResumableOffPolicyAlgorithm"
 
@@ -41,29 +41,30 @@ class TrainingCallbacks(CallbackList):
 
 class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     """
-    An off-policy algorithm that learns from a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer`. A subclass implements
-    ``train`` as those of Stable-Baselines3 do, but does ``gradient_steps_left`` steps, and stops early if ``is_stopping``.
+    Base class of off-policy algorithms that learn from a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer`. A subclass
+    implements ``train`` as in Stable-Baselines3, but adds the steps to ``gradient_steps_left``, counts them down, and stops
+    early if ``stop_signals.pending``.
 
-    The parameters are those of ``OffPolicyAlgorithm``.
+    The parameters are the same as in ``OffPolicyAlgorithm``.
     """
 
     replay_buffer: SubtrajectoryReplayBuffer | None
     default_replay_buffer_class: type[SubtrajectoryReplayBuffer] = SubtrajectoryReplayBuffer
     # Clean-up registered by callbacks, run when ``learn`` returns or raises
-    while_learning: contextlib.ExitStack
+    learn_exit_stack: contextlib.ExitStack
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Training steps that a signal, Ctrl-C or an error has interrupted, which the next call of ``train`` does first
+        # Outstanding training steps, which a signal, Ctrl-C or an error has interrupted. The next call of ``train`` does them.
         self.gradient_steps_left = 0
-        # The run that checkpoints belong to, and the names of those that resuming passed over
+        # Id of the run in its checkpoints, and names of damaged checkpoints that ``resume`` skipped
         self.run_id: str | None = None
         self.damaged_checkpoints: list[str] = []
-        # Random generators of the checkpoint that this model was resumed from, until it learns
+        # States of the random generators in the checkpoint, set again at the first call of ``learn``
         self.resumed_generators: dict[str, Any] | None = None
-        # Watched by a callback, if at all
+        # Replaced by a callback that handles signals
         self.stop_signals = StopSignals()
-        # Steps that the environments had made when learning ended, None if that is not known
+        # Number of steps of each environment at the end of ``learn``, None if unknown
         self._env_steps: list[int] | None = None
 
     @staticmethod
@@ -71,20 +72,23 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
         vec_normalize = unwrap_vec_normalize(wrapped)
         if isinstance(wrapped, VecTransposeImage) and vec_normalize is not None:
-            # Original observations, which are stored, and final ones would have their axes in another order
+            # Its original and final observations would not be channel-first
             raise ValueError(
-                "VecNormalize is around images whose channels come last: put a VecTransposeImage inside of it, as in "
+                "VecNormalize wraps channel-last images: put a VecTransposeImage inside it, as in "
                 "VecNormalize(VecTransposeImage(env))."
             )
         if vec_normalize is not None and vec_normalize.observation_space.shape != wrapped.observation_space.shape:
             raise ValueError(
-                f"The observations of VecNormalize {vec_normalize.observation_space.shape} are changed outside of it, to "
-                f"{wrapped.observation_space.shape}: put VecNormalize around the other wrappers, such as VecFrameStack."
+                "A wrapper around VecNormalize changes the shape of the observations from "
+                f"{vec_normalize.observation_space.shape} to {wrapped.observation_space.shape}: put VecNormalize around the "
+                "other wrappers, such as VecFrameStack."
             )
         return wrapped
 
     def _create_replay_buffer(self, **kwargs: Any) -> None:
         """
+        Create the replay buffer, unless there is one.
+
         :param kwargs: arguments of the replay buffer that are hyperparameters of the model
         """
         if self.replay_buffer_class is None:
@@ -112,7 +116,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfResumable:
         self.stop_signals = StopSignals()
-        with contextlib.ExitStack() as self.while_learning:
+        with contextlib.ExitStack() as self.learn_exit_stack:
             super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
@@ -133,14 +137,14 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         if reset_num_timesteps:
-            # Another run, whose checkpoints do not replace those of the one before
+            # A new run, whose checkpoints do not replace checkpoints of the previous one
             self.run_id, self.damaged_checkpoints = None, []
-        # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself notices
-        # that the environment was reset.
+        # OffPolicyAlgorithm would mark the last transition in the buffer as a termination here. The buffer itself detects that
+        # the environment was reset.
         self.optimize_memory_usage = False
         env_steps = self._count_env_steps()
         if self._env_steps is not None and env_steps is not None and env_steps != self._env_steps:
-            # Evaluated in since then, or another one: the next observation does not follow from the last one
+            # The environment was replaced, or stepped by others, so the last observation is outdated
             self._last_obs = None
         try:
             total_timesteps, callback = super()._setup_learn(
@@ -148,7 +152,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             )
             check_vec_normalize(self._vec_normalize_env)
         except BaseException as error:
-            # Whether the environment was reset is not known
+            # It is unknown whether the environment was reset
             self._last_obs = None
             explain_dead_worker(self.env, error, self.num_timesteps)
             raise
@@ -160,7 +164,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._last_obs = None
             raise
         if self.resumed_generators is not None:
-            # Something that was done since then, such as making an environment for evaluations, may have drawn from them
+            # Creating an evaluation environment, for example, may have used the generators since ``resume``
             set_generators(self, self.resumed_generators)
         self.resumed_generators = None
         return total_timesteps, callback
@@ -171,7 +175,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         return callbacks
 
     def _require_logger(self) -> None:
-        """Without ``learn`` there is none yet."""
+        """Create a logger if ``train`` is called before ``learn``."""
         if not hasattr(self, "_logger"):
             self.set_logger(configure_logger(self.verbose, self.tensorboard_log))
 
@@ -180,7 +184,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         Collect experiences and store them into the replay buffer, see ``OffPolicyAlgorithm.collect_rollouts``.
         """
         if self.stop_signals.pending:
-            # This is where a checkpoint is made
+            # ResumableCheckpointCallback saves a checkpoint here
             callback.on_rollout_start()
             return RolloutReturn(0, 0, continue_training=False)
         complete = False
@@ -191,22 +195,22 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             if not self.stop_signals.arrived():
                 explain_dead_worker(self.env, error, self.num_timesteps)
                 raise
-            # Ctrl-C reaches the processes of the environments as well, which are gone now
+            # Ctrl-C has also ended the processes of the environments
             rollout = RolloutReturn(0, 0, continue_training=False)
         finally:
             if not complete:
-                # A callback, an error or Ctrl-C came between a step of the environment and its storing. Go on from a reset,
-                # not from an observation that is past.
+                # A callback, an error or Ctrl-C may have interrupted the loop before the last transition was stored. The next
+                # call starts with a reset, as the last observation is outdated.
                 self._last_obs = None
         return rollout
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         """
-        The action of the policy in a rollout.
+        Compute the action of the policy in a rollout.
 
-        :param obs: of all environments, (n_envs, ...) or a dict of these
+        :param obs: observations of all environments, (n_envs, ...) or a dict of these
         :param with_noise: whether to add the algorithm's own exploration noise
-        :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
+        :return: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, action_dim)
         """
         raise NotImplementedError
 
@@ -229,7 +233,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
         return self.policy.unscale_action(buffer_action), buffer_action
 
-    # What environments give
+    # Observations of environments
 
     def _store_transition(
         self,
@@ -240,7 +244,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
     ) -> None:
-        # As OffPolicyAlgorithm does, but for final observations, see there
+        # As in OffPolicyAlgorithm, except for final observations
         if self._vec_normalize_env is None:
             self._last_original_obs, original_obs, original_reward = self._last_obs, new_obs, reward
         else:
@@ -248,7 +252,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             original_reward = self._vec_normalize_env.get_original_reward()
         next_obs = deepcopy(original_obs)
         if dones.any():
-            # The first observation of the next episode is not stored now, but acted on before it is
+            # The first observation of the next episode is used for acting before the buffer checks it
             self._check_observations(original_obs)
         try:
             for i, info in enumerate(infos):
@@ -263,11 +267,12 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def _set_final_observation(self, next_obs: np.ndarray | dict[str, np.ndarray], i: int, info: dict[str, Any]) -> None:
         """
-        :param next_obs: of all environments, (n_envs, ...) or a dict of these, in which to put the final observation
+        Replace the first observation of the next episode by the final observation of the episode that has ended.
+
+        :param next_obs: observations of all environments, (n_envs, ...) or a dict of these, changed in place
         :param i: index of an environment whose episode has ended
-        :param info: of that environment, with the final observation, as normalised by ``VecNormalize`` if there is one
-        :raises BadValueError: if there is none, or one that does not fit the space. OffPolicyAlgorithm would take the first
-            observation of the next episode instead.
+        :param info: info of this environment with the final observation, normalised if there is a ``VecNormalize``
+        :raises BadValueError: if the final observation is missing or does not fit the space
         """
         final_obs = info.get("terminal_observation")
         if final_obs is None:
@@ -281,7 +286,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
                 form = f"of the type {value.dtype} and the shape {value.shape}"
                 raise BadValueError(f"Environment {i} gave a final observation {form}, which is not in {space}")
             if rows.dtype.kind in "iu" and value.dtype.kind == "f":
-                # Normalisation and its inverse leave rounding errors of an integer, which would be truncated
+                # Normalisation and its inverse leave rounding errors, and the cast to integers would truncate
                 value = np.rint(value)
                 bounds = np.iinfo(rows.dtype)
                 if not ((value >= bounds.min) & (value <= bounds.max)).all():
@@ -291,7 +296,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     def _check_observations(self, obs: np.ndarray | dict[str, np.ndarray]) -> None:
         """
         :param obs: observations of all environments, before normalisation
-        :raises BadValueError: if one cannot be learned from
+        :raises BadValueError: if an observation is invalid, see :class:`~sb3_mrq.checks.ObservationChecks`
         """
         assert self.replay_buffer is not None
         try:
@@ -306,22 +311,22 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     @property
     def is_stopping(self) -> bool:
-        """Whether a signal is to end training, or has just ended it."""
+        """Whether a signal is ending training, or has ended it."""
         return self.stop_signals.received is not None
 
     @property
     def remaining_timesteps(self) -> int:
-        """Steps from here to the end of the last call of ``learn``, as it was planned."""
+        """Timesteps that remain to ``total_timesteps`` of the last call of ``learn``."""
         return max(self._total_timesteps - self.num_timesteps, 0)
 
     @property
     def training_progress(self) -> tuple[int, ...]:
-        """Numbers of which at least one has grown if anything was learned: steps and training steps."""
+        """Counters of which at least one increases with any progress: timesteps and training steps."""
         return self.num_timesteps, self._n_updates
 
     def get_checkpoint_info(self) -> dict[str, Any]:
         """
-        :return: what a checkpoint says of the run besides model, replay buffer and generators, for a JSON file
+        :return: additional information for a checkpoint, in JSON types
         """
         return {}
 
@@ -329,7 +334,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Called at the end of ``resume``.
 
-        :param info: from ``get_checkpoint_info``; entries may be missing in checkpoints of earlier versions
+        :param info: result of ``get_checkpoint_info``; entries may be missing in checkpoints of earlier versions
         """
 
     @classmethod
@@ -342,29 +347,29 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfResumable:
         """
-        Continue from the newest complete checkpoint that a
-        :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` has written. To finish the run::
+        Continue from the newest complete checkpoint of a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback`. To finish
+        the run::
 
             model = MRQ.resume("checkpoints", env)
             model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)
 
-        If environments are deterministic and the checkpoint was made between episodes, this gives the same weights, to the
-        last bit, as a run that was never interrupted, on the same machine with the same versions and number of threads. Random
-        environments are seeded by the model's seed and the number of steps so far: their episodes are new ones. An episode
-        that was running is truncated. The random generators are set when ``resume`` ends, and again when learning starts.
+        With deterministic environments and a checkpoint between episodes, the weights are bit-identical to an uninterrupted
+        run on the same machine, with the same versions and number of threads. Random environments are seeded with the seed of
+        the model and the number of timesteps, and continue with new episodes. An episode that was running is truncated. The
+        random generators are restored at the end of ``resume``, and again when ``learn`` starts.
 
-        A damaged checkpoint is passed over, with a warning, for the one before it. Like all models of Stable-Baselines3,
-        checkpoints hold pickles: resume only from those that you trust.
+        If a checkpoint is damaged, the one before it is used, with a warning. Like all models of Stable-Baselines3,
+        checkpoints contain pickles: only resume from checkpoints that you trust.
 
         :param folder: folder of checkpoints, or one checkpoint
-        :param env: environment like that of the run (if registered in Gym, can be str). If that was in a ``VecNormalize`` and
-            this one is not, it is wrapped in one; in any case its statistics and settings are those of the checkpoint.
+        :param env: environment of the same kind as in the run (if registered in Gym, can be str). If the run used
+            ``VecNormalize``, the environment is wrapped in one if necessary, and statistics and settings are restored.
         :param device: Device on which the code should run.
-        :param name_prefix: what the names of the checkpoints begin with
+        :param name_prefix: common prefix of the names of the checkpoints
         :param kwargs: extra arguments to change the model when loading
         :return: model that continues the run, with its replay buffer
         :raises FileNotFoundError: if there is no complete checkpoint
-        :raises ValueError: if no checkpoint can be used, or for another kind of environment
+        :raises ValueError: if no checkpoint can be used, or if the environment does not match
         """
         return resume(cls, folder, env, device, name_prefix, **kwargs)
 
@@ -372,10 +377,11 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer as plain arrays, see :mod:`sb3_mrq.persist.replay_files`.
+        Save the replay buffer as plain arrays, see :mod:`sb3_mrq.persist.replay_files`. A file at this path is replaced only
+        when the new one is complete.
 
-        :param path: Path to the file where the replay buffer should be saved, to which ``.pkl`` is added if it has no suffix,
-            as in SB3, or a file. At any moment a path holds what was there before, or all of the buffer.
+        :param path: Path to the file where the replay buffer should be saved, or a file object. ``.pkl`` is added to a path
+            without a suffix, as in SB3.
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         save_replay_buffer(path, self.replay_buffer)
@@ -388,24 +394,24 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         Load a replay buffer saved by ``save_replay_buffer``. No code from the file is run.
 
-        :param path: Path to the file, whatever its name, or a file.
-        :param truncate_last_traj: of no effect: the buffer itself notices whether the environment goes on where it ended
-        :raises ReplayFileError: if it is no such file, or a damaged one; the present buffer stays then
-        :raises ValueError: if it is a buffer for other environments; the present buffer stays then
+        :param path: Path to the file, or a file object.
+        :param truncate_last_traj: No effect: the buffer itself detects whether the environment continues the last episode
+        :raises ReplayFileError: if the file is damaged or not a replay buffer; the current buffer is kept
+        :raises ValueError: if the buffer is for other environments; the current buffer is kept
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
         replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
-        # Two copies on the device may be more than it has room for
+        # The device may not have enough memory for two copies
         self.replay_buffer.detach_copy()
         self.replay_buffer = replay_buffer
 
     def _excluded_save_params(self) -> list[str]:
-        of_this_process = [
+        process_state = [
             "run_id",
             "damaged_checkpoints",
             "resumed_generators",
             "stop_signals",
-            "while_learning",
+            "learn_exit_stack",
             "_env_steps",
         ]
-        return [*super()._excluded_save_params(), *of_this_process]
+        return [*super()._excluded_save_params(), *process_state]

@@ -1,5 +1,5 @@
 """
-MR.Q's policies: the networks assembled for a pair of spaces, their optimisers, and acting.
+Policies of MR.Q: networks for an observation and an action space, their optimisers, and acting.
 """
 
 import inspect
@@ -35,22 +35,22 @@ def complete_net_arch(
     net_arch: list[int] | dict[str, list[int]] | None, default: dict[str, list[int]]
 ) -> dict[str, list[int]]:
     """
-    :param net_arch: hidden layers for ``encoder``, ``qf`` and ``pi``; a list means ``qf`` and ``pi``, as in TD3
-    :param default: hidden layers of what is left out
-    :return: hidden layers for all three
-    :raises ValueError: for other keys, sizes below 2, or an encoder without hidden layers
+    :param net_arch: hidden layers of ``encoder``, ``qf`` and ``pi``; a list sets ``qf`` and ``pi``, as in TD3
+    :param default: hidden layers for missing keys
+    :return: hidden layers of all three
+    :raises ValueError: if a key is unknown, a size is below 2, or the encoder has no hidden layers
     """
     if isinstance(net_arch, (list, tuple)):
         net_arch = {"qf": list(net_arch), "pi": list(net_arch)}
     unknown = set(net_arch or {}) - set(default)
     if unknown:
-        raise ValueError(f"net_arch takes the keys {', '.join(default)}, not {', '.join(sorted(unknown))}.")
+        raise ValueError(f"net_arch has the keys {', '.join(default)}, not {', '.join(sorted(unknown))}.")
     complete = {key: list(sizes) for key, sizes in (default | (net_arch or {})).items()}
     for key, sizes in complete.items():
-        # The layer norm of a single unit is zero
+        # Layer norm of a single unit is always zero
         if any(size < 2 for size in sizes) or (key == "encoder" and not sizes):
             raise ValueError(
-                f"net_arch[{key!r}] is {sizes}: every layer needs at least two units, the encoder at least one layer."
+                f"net_arch[{key!r}] is {sizes}, but each layer needs at least two units, and the encoder at least one layer."
             )
     return complete
 
@@ -62,26 +62,26 @@ class MRQPolicy(BasePolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule of value heads and actor
-    :param net_arch: Hidden layers as a dict with the keys ``encoder``, ``qf`` and ``pi`` (those left out keep their
-        defaults), or a list that means ``qf`` and ``pi``. ``encoder`` is used twice: for the extractor of vector
-        observations, and for the state-action encoder.
+    :param net_arch: Hidden layers as a dict with the keys ``encoder``, ``qf`` and ``pi`` (missing keys keep their
+        defaults), or as a list for ``qf`` and ``pi``. ``encoder`` sets the layers of both the extractor of vector observations
+        and the state-action encoder.
     :param activation_fn: Activation function of encoder and value heads
     :param actor_activation_fn: Activation function of the actor
     :param z_s_dim: Size of the state embedding
     :param z_a_dim: Size of the action embedding
     :param z_sa_dim: Size of the state-action embedding
     :param n_reward_bins: Number of bins of the two-hot reward encoding
-    :param reward_bins_limit: The outer bins stand for rewards of plus and minus ``exp(reward_bins_limit) - 1``
+    :param reward_bins_limit: The outermost bins are rewards of plus and minus ``exp(reward_bins_limit) - 1``
     :param gumbel_temperature: Temperature of the Gumbel-softmax of discrete actions
-    :param features_extractor_class: Features extractor of the state encoder. It is trained by the encoder loss, with the
-        encoder's optimiser, and has a target copy like the rest of the encoder.
+    :param features_extractor_class: Features extractor of the state encoder, trained with the encoder loss. It has a target
+        copy like the rest of the encoder.
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor.
     :param normalize_images: Whether to normalize images or not, dividing by 255.0 (True by default)
     :param optimizer_class: The optimizer to use, ``th.optim.AdamW`` by default
-    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer. AdamW gets
-        a weight decay of 1e-4 where they give none.
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer. The
+        default weight decay of AdamW is 1e-4.
     :param n_critics: Number of value heads
-    :param encoder_lr_schedule: Learning rate schedule of the encoder, that of the others if None
+    :param encoder_lr_schedule: Learning rate schedule of the encoder, ``lr_schedule`` if None
     """
 
     encoder: Encoder
@@ -139,7 +139,7 @@ class MRQPolicy(BasePolicy):
             if not number > 0:
                 raise ValueError(f"{name} is {number}, but must be positive.")
         if reward_bins_limit > 80:
-            raise ValueError(f"reward_bins_limit is {reward_bins_limit}, but exp of more than 80 leaves the range of float32.")
+            raise ValueError(f"reward_bins_limit is {reward_bins_limit}, but must be at most 80, as bins are float32.")
         self.net_arch = complete_net_arch(net_arch, self.default_net_arch)
         self.activation_fn = activation_fn
         self.actor_activation_fn = actor_activation_fn
@@ -152,7 +152,7 @@ class MRQPolicy(BasePolicy):
         self.n_critics = n_critics
         self.actions = make_actions(action_space, gumbel_temperature)
         if isinstance(action_space, spaces.Box):
-            # In float64: bounds may be as wide as float32 goes
+            # In float64, as the difference of the bounds may overflow float32
             self._low, self._high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
         self._build(lr_schedule, encoder_lr_schedule or lr_schedule)
 
@@ -166,23 +166,23 @@ class MRQPolicy(BasePolicy):
         self.encoder.optimizer = self.make_optimizer(self.encoder, encoder_lr_schedule(1))
         self.critic.optimizer = self.make_optimizer(self.critic, lr_schedule(1))
         self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
-        # No values yet
+        # The initial targets have not learned any values yet
         self.critic_target.reward_scale.zero_()
         self._mode_dependent = {
-            network: modules_that_depend_on_the_mode(getattr(self, network)) for network in ("encoder", "critic", "actor")
+            network: mode_dependent_modules(getattr(self, network)) for network in ("encoder", "critic", "actor")
         }
         super().train(False)
 
     @property
     def device(self) -> th.device:
-        """Device of the networks. BasePolicy looks for it among all parameters, at each action."""
+        """Device of the networks, faster than in BasePolicy, which searches all parameters at each action."""
         return self.encoder.predictor.bins.device
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
-        Create the features extractor. MR.Q's own ones follow ``net_arch``, ``activation_fn`` and ``normalize_images`` unless
-        ``features_extractor_kwargs`` says otherwise, and so do classes derived from them as far as their constructors take
-        these.
+        Create the features extractor. The extractors of this package and their subclasses get ``net_arch``, ``activation_fn``
+        and ``normalize_images`` from the policy, if their constructors have these arguments and ``features_extractor_kwargs``
+        does not set them.
         """
         kwargs: dict[str, Any] = {}
         if issubclass(self.features_extractor_class, (MLPExtractor, CNNExtractor, MultiInputExtractor)):
@@ -191,17 +191,17 @@ class MRQPolicy(BasePolicy):
             kwargs["net_arch"] = self.net_arch["encoder"]
         if issubclass(self.features_extractor_class, (CNNExtractor, MultiInputExtractor)):
             kwargs["normalized_image"] = not self.normalize_images
-        taken = inspect.signature(self.features_extractor_class).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
-            kwargs = {name: value for name, value in kwargs.items() if name in taken}
+        parameters = inspect.signature(self.features_extractor_class).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            kwargs = {name: value for name, value in kwargs.items() if name in parameters}
         return self.features_extractor_class(self.observation_space, **(kwargs | self.features_extractor_kwargs))
 
     def make_encoder(self) -> Encoder:
         """Create the state encoder, the state-action encoder and the linear MDP predictor."""
         extractor = self.make_features_extractor()
-        at_once = extractor.images_at_once if isinstance(extractor, (CNNExtractor, MultiInputExtractor)) else None
+        images_at_once = extractor.images_at_once if isinstance(extractor, (CNNExtractor, MultiInputExtractor)) else None
         return Encoder(
-            StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn, at_once),
+            StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn, images_at_once),
             StateActionEncoder(
                 self.z_s_dim, self.actions.dim, self.z_a_dim, self.z_sa_dim, self.net_arch["encoder"], self.activation_fn
             ),
@@ -218,8 +218,8 @@ class MRQPolicy(BasePolicy):
 
     def make_optimizer(self, network: nn.Module, learning_rate: float) -> th.optim.Optimizer:
         """
-        :param network: whose parameters to optimise
-        :param learning_rate: at the start
+        :param network: network whose parameters to optimise
+        :param learning_rate: initial learning rate
         :return: the optimiser
         """
         optimizer_class: Any = self.optimizer_class
@@ -257,36 +257,36 @@ class MRQPolicy(BasePolicy):
 
     def is_image(self, space: spaces.Space) -> bool:
         """
-        :param space: the observation space, or a part of it if that is a Dict
-        :return: whether its observations are treated as images
+        :param space: the observation space, or a subspace of a Dict
+        :return: whether its observations are processed as images
         """
         as_vector = issubclass(self.features_extractor_class, MLPExtractor)
         return not as_vector and is_image_space(space, normalized_image=not self.normalize_images)
 
     def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         """
-        :param obs: observations as the environment gives them, (B, ...) or a dict of these
-        :return: what the state encoder takes: floats, discrete observations one-hot, images of bytes as they are, which it
-            divides by 255
+        :param obs: observations of the environment, (B, ...) or a dict of these
+        :return: input of the state encoder: floats, with discrete observations as one-hot vectors. uint8 images do not change;
+            the state encoder divides them by 255.
         """
         return map_observation(self._preprocess, obs, self.observation_space)
 
     def _preprocess(self, obs: th.Tensor, space: spaces.Space) -> th.Tensor:
         if obs.dtype == th.uint8 and self.normalize_images and is_image_space(space):
             return obs
-        # SB3 takes spaces that start at zero
+        # SB3 expects spaces that start at zero
         if isinstance(space, spaces.Discrete) and space.start != 0:
             obs = obs - int(space.start)
         elif isinstance(space, spaces.MultiDiscrete) and np.any(space.start):
-            # Made on the device: a copy from the host could not be captured
+            # Created on the device, as a copy from the host could not be captured
             start = th.stack([obs.new_full((), int(value)) for value in space.start.flat])
             obs = obs - start.view(space.start.shape)
         return preprocess_obs(obs, space, normalize_images=self.normalize_images)  # type: ignore[return-value]
 
     def pre_activation(self, obs: PyTorchObs) -> th.Tensor:
         """
-        :param obs: observations as the environment gives them, (B, ...) or a dict of these
-        :return: the actor's output before its activation, (B, A)
+        :param obs: observations of the environment, (B, ...) or a dict of these
+        :return: output of the actor before the final activation, (B, A)
         """
         return self.actor(self.encoder.state(self.preprocess(obs)))
 
@@ -295,11 +295,10 @@ class MRQPolicy(BasePolicy):
 
     def act(self, observation: PyTorchObs, sample: bool) -> th.Tensor:
         """
-        The action for an observation, from tensors to tensors, before noise, decoding and scaling. A subclass that acts in
-        another way overrides this.
+        Compute action vectors, before exploration noise, decoding and scaling. Subclasses may override this.
 
-        :param observation: as the environment gives it, (B, ...) or a dict of these
-        :param sample: whether to sample from the Gumbel-softmax of discrete actions; Box actions are the same
+        :param observation: observations of the environment, (B, ...) or a dict of these
+        :param sample: whether to sample discrete actions from the Gumbel-softmax; no effect on Box actions
         :return: action vectors a, (B, A)
         """
         pre_activation = self.pre_activation(observation)
@@ -307,11 +306,10 @@ class MRQPolicy(BasePolicy):
 
     def explore(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
         """
-        The action for an observation in a rollout: with exploration noise, before decoding and scaling.
+        Compute action vectors with exploration noise, before decoding and scaling.
 
-        :param observation: as the environment gives it, (B, ...) or a dict of these
-        :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]; half of it is used for
-            discrete actions
+        :param observation: observations of the environment, (B, ...) or a dict of these
+        :param noise: standard deviation of the noise on Box actions scaled to [-1, 1], halved for discrete actions
         :return: action vectors, (B, A)
         """
         with th.no_grad():
@@ -328,14 +326,14 @@ class MRQPolicy(BasePolicy):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Get the policy action from an observation, without exploration noise: tanh(u) for Box actions; for others the most
-        likely action if deterministic, else a sample from softmax(u).
+        Get the policy action from an observation, without exploration noise. Box actions are tanh(u). Discrete actions are the
+        most likely ones if deterministic, else samples from softmax(u).
 
         :param observation: the input observation, one or a batch
-        :param state: not used, the policy has no memory
-        :param episode_start: not used
+        :param state: unused, the policy is not recurrent
+        :param episode_start: unused
         :param deterministic: Whether or not to return deterministic actions.
-        :return: the action, in the space, and the state as it was given
+        :return: the action in the action space, and the unchanged state
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)
         return np.asarray(actions, dtype=self.action_space.dtype), state
@@ -352,10 +350,10 @@ class MRQPolicy(BasePolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Rescale the action from [-1, 1] to [low, high], in float64, and keep rounding from leaving the space.
+        Rescale the action from [-1, 1] to [low, high], in float64, and clip rounding errors to the bounds.
 
         :param scaled_action: Action to un-scale
-        :return: Action in the space, of its dtype
+        :return: Action in the action space, with its dtype
         """
         assert isinstance(self.action_space, spaces.Box), f"{self.action_space} is not a Box"
         action = self._low + 0.5 * (np.asarray(scaled_action, dtype=np.float64) + 1.0) * (self._high - self._low)
@@ -386,19 +384,21 @@ class MRQPolicy(BasePolicy):
         return self
 
 
-def modules_that_depend_on_the_mode(network: nn.Module) -> list[nn.Module]:
+def mode_dependent_modules(network: nn.Module) -> list[nn.Module]:
     """
+    Find the modules that may behave differently in training and evaluation mode. Most networks have none, so switching the
+    mode costs nothing.
+
     :param network: a network
-    :return: the modules in it whose behaviour may depend on whether they are in training or evaluation mode. Those of this
-        package and the usual layers of torch do not, so that switching the mode costs nothing for most networks.
+    :return: the network itself or modules in it, without the known types that ignore the mode
     """
-    if type(network) not in INDEPENDENT_OF_THE_MODE:
+    if type(network) not in MODE_INDEPENDENT_TYPES:
         return [network]
-    return [module for child in network.children() for module in modules_that_depend_on_the_mode(child)]
+    return [module for child in network.children() for module in mode_dependent_modules(child)]
 
 
 # Exact types: a subclass may override ``train`` or read ``training``
-INDEPENDENT_OF_THE_MODE = frozenset(
+MODE_INDEPENDENT_TYPES = frozenset(
     {
         *(Encoder, StateEncoder, StateActionEncoder, MDPPredictor, Critic, Actor, EnsembleLinear, LayerNormActivation),
         *(MLPExtractor, CNNExtractor, MultiInputExtractor, FlattenExtractor),
@@ -413,7 +413,7 @@ MlpPolicy = MRQPolicy
 
 class CnnPolicy(MRQPolicy):
     """
-    Policy class of MR.Q for images. The parameters are those of :class:`MRQPolicy`.
+    Policy class of MR.Q for images, with the parameters of :class:`MRQPolicy`.
     """
 
     def __init__(
@@ -432,7 +432,7 @@ class CnnPolicy(MRQPolicy):
 
 class MultiInputPolicy(MRQPolicy):
     """
-    Policy class of MR.Q for Dict observations of images and vectors. The parameters are those of :class:`MRQPolicy`.
+    Policy class of MR.Q for Dict observations of images and vectors, with the parameters of :class:`MRQPolicy`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """
 A second, naive implementation of the replay buffer: plain lists, whole observations, no index arithmetic.
 
-Each environment is a list of stretches (uninterrupted pieces of an episode), each stretch a list of transitions, each
+Each environment is a list of segments (uninterrupted pieces of an episode), each segment a list of transitions, each
 transition a dict that holds everything about it. Tests drive it and ``SubtrajectoryReplayBuffer`` with the same calls and
 compare what both can give back.
 """
@@ -36,7 +36,7 @@ def content_key(observation: Observation) -> bytes:
 
 
 def numbered_frame(number: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """A picture whose channels all differ from each other and from those of every other number."""
+    """A picture whose channels differ from each other and from every other number's channels."""
     frame = (np.arange(np.prod(shape)) * 31 + number * 17) % 251 + 1
     frame = frame.reshape(shape).astype(np.uint8)
     frame[:, 0, 0] = number % 256
@@ -44,31 +44,31 @@ def numbered_frame(number: int, shape: tuple[int, int, int]) -> np.ndarray:
     return frame
 
 
-class Stretch:
+class Segment:
     """Transitions of one environment that follow each other without a gap."""
 
-    def __init__(self, first_place: int, first_observation: Observation):
-        self.first_place = first_place
+    def __init__(self, first_slot: int, first_observation: Observation):
+        self.first_slot = first_slot
         self.newest_observation = first_observation
         self.transitions: list[Transition] = []
         self.running = True
 
 
 class OracleEnv:
-    """What one environment has stored, oldest first. Places are counted up for ever; only the newest ``places`` exist."""
+    """What one environment has stored, oldest first. Slots are counted up for ever; only the newest ``slots`` exist."""
 
     def __init__(self) -> None:
-        self.stretches: list[Stretch] = []
-        self.places_written = 0
+        self.segments: list[Segment] = []
+        self.slots_written = 0
 
     @property
-    def running(self) -> Stretch | None:
-        return self.stretches[-1] if self.stretches and self.stretches[-1].running else None
+    def running(self) -> Segment | None:
+        return self.segments[-1] if self.segments and self.segments[-1].running else None
 
 
 class BufferOracle:
     """
-    :param buffer_size: places over all environments; each environment has ``buffer_size // n_envs``
+    :param buffer_size: slots over all environments; each environment has ``buffer_size // n_envs``
     :param n_envs: number of parallel environments
     :param horizon: length of the sub-trajectories
     :param n_steps: length of the n-step returns
@@ -88,7 +88,7 @@ class BufferOracle:
         fade: float = 1.0,
         fade_min: float = 1.0,
     ):
-        self.places = buffer_size // n_envs
+        self.slots = buffer_size // n_envs
         self.n_envs = n_envs
         self.horizon = horizon
         self.n_steps = n_steps
@@ -138,18 +138,18 @@ class BufferOracle:
         ended: bool,
         terminated: bool,
     ) -> None:
-        stretch = env.running
-        if stretch is not None and not same_observation(obs, stretch.newest_observation):
-            stretch.running = False
-            stretch = None
-        if stretch is None:
-            stretch = Stretch(env.places_written, obs)
-            env.stretches.append(stretch)
-            env.places_written += 1  # the first observation of the stretch
-        place = env.places_written - 1  # that of the newest observation
-        env.places_written += 1  # next_obs
+        segment = env.running
+        if segment is not None and not same_observation(obs, segment.newest_observation):
+            segment.running = False
+            segment = None
+        if segment is None:
+            segment = Segment(env.slots_written, obs)
+            env.segments.append(segment)
+            env.slots_written += 1  # the first observation of the segment
+        slot = env.slots_written - 1  # slot of the newest observation
+        env.slots_written += 1  # next_obs
         self.n_added += 1
-        stretch.transitions.append(
+        segment.transitions.append(
             {
                 "observation": obs,
                 "action": action,
@@ -158,24 +158,24 @@ class BufferOracle:
                 "next_observation": next_obs,
                 "priority": None,
                 "number": self.n_added,
-                "oldest_place": max(stretch.first_place, place - self.frames + 1),
+                "oldest_slot": max(segment.first_slot, slot - self.frames + 1),
             }
         )
-        stretch.newest_observation = next_obs
-        stretch.running = not ended
+        segment.newest_observation = next_obs
+        segment.running = not ended
         self.has_terminated = self.has_terminated or terminated
 
     def _evict(self, env: OracleEnv) -> None:
-        oldest_existing = env.places_written - self.places
-        for stretch in env.stretches:
-            stretch.transitions = [t for t in stretch.transitions if t["oldest_place"] >= oldest_existing]
-        env.stretches = [stretch for stretch in env.stretches if stretch.transitions or stretch.running]
+        oldest_existing = env.slots_written - self.slots
+        for segment in env.segments:
+            segment.transitions = [t for t in segment.transitions if t["oldest_slot"] >= oldest_existing]
+        env.segments = [segment for segment in env.segments if segment.transitions or segment.running]
 
     def _give_priorities(self, env: OracleEnv) -> None:
-        for stretch in env.stretches:
-            for index, transition in enumerate(stretch.transitions):
-                complete = index + max(self.horizon, self.n_steps) <= len(stretch.transitions)
-                if transition["priority"] is None and (complete or not stretch.running):
+        for segment in env.segments:
+            for index, transition in enumerate(segment.transitions):
+                complete = index + max(self.horizon, self.n_steps) <= len(segment.transitions)
+                if transition["priority"] is None and (complete or not segment.running):
                     transition["priority"] = self.max_priority
 
     def update_priorities(self, priorities: dict[bytes, float]) -> None:
@@ -188,7 +188,7 @@ class BufferOracle:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def stored(self) -> list[Transition]:
-        return [t for env in self.envs for stretch in env.stretches for t in stretch.transitions]
+        return [t for env in self.envs for segment in env.segments for t in segment.transitions]
 
     def size(self) -> int:
         return len(self.stored())
@@ -198,15 +198,15 @@ class BufferOracle:
         return sum(rewards) / len(rewards)
 
     def sampleable(self) -> dict[bytes, list[Transition]]:
-        """Every start that can be sampled, with all that follows it in its stretch, by the content of its observation."""
+        """Every start that can be sampled, with all that follows it in its segment, by the content of its observation."""
         starts = {}
         for env in self.envs:
-            for stretch in env.stretches:
-                for index, transition in enumerate(stretch.transitions):
+            for segment in env.segments:
+                for index, transition in enumerate(segment.transitions):
                     if transition["priority"] is not None:
                         key = content_key(transition["observation"])
                         assert key not in starts, "tests must make observations unique"
-                        starts[key] = stretch.transitions[index:]
+                        starts[key] = segment.transitions[index:]
         return starts
 
     def probabilities(self) -> dict[bytes, float]:
@@ -220,7 +220,7 @@ class BufferOracle:
     def subtrajectory(self, following: list[Transition], length: int) -> dict[str, list]:
         """
         :param following: a start and the transitions after it
-        :return: ``length`` + 1 observations and ``length`` of everything else, padded past the end of the stretch
+        :return: ``length`` + 1 observations and ``length`` of everything else, padded past the end of the segment
         """
         existing = following[:length]
         padding = length - len(existing)

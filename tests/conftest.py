@@ -1,6 +1,6 @@
 """
 MuJoCo renders without a display in the tests, also where they are not started by the Makefile. Hypothesis
-generates the same cases each time, so that a change fails for what it changes; HYPOTHESIS_PROFILE=random looks for new ones.
+generates the same cases each time. HYPOTHESIS_PROFILE=random generates new ones.
 Several workers share the tests by what these share.
 """
 

@@ -143,7 +143,7 @@ def check_counter_transitions(buffer, length, end):
     """
     Assert that a buffer holds nothing but true transitions of :class:`CounterEnv` with the same ``length`` and ``end``.
 
-    :return: the numbers that the sub-trajectories start at, in the order of their places
+    :return: the numbers that the sub-trajectories start at, in the order of their slots
     """
     samples = buffer.get_subtrajectories(buffer.sampling_probabilities()[0])
     mask = samples.mask.numpy().astype(bool)

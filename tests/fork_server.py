@@ -1,13 +1,13 @@
 """
-Processes that start at once: forks of one that has imported torch and the like, which takes seconds.
+Processes that start at once: forks of a process that has imported torch and other packages, which takes seconds.
 
 ``run`` and ``Popen`` take commands of Python, as ``subprocess`` does: ``[sys.executable, "-m", "sb3_mrq.zoo", "train"]``, with
-``-c`` or with a script. A command in a shell goes through this file, see ``shell_command``. The package itself is not among
-what was imported: each process imports it anew, from where its ``PYTHONPATH`` and its folder say.
+``-c`` or with a script. ``shell_command`` does the same for a command in a shell. Each process imports the package itself
+anew, from its ``PYTHONPATH`` and folder.
 
-A process is not quite a fresh one. What ``PRELOADED`` lists is there already, and of the variables that Python reads when it
-starts only ``PYTHONPATH`` counts. Tests of imports, of what is missing, of memory and of exits start real processes.
-Where the system is not Linux, or ``SB3_MRQ_REAL_PROCESSES=1`` is set, all are real.
+A fork differs from a fresh process: the packages in ``PRELOADED`` are imported already, and of the variables that Python reads
+when it starts only ``PYTHONPATH`` counts. Tests that depend on either, or that measure memory, start real processes. Without
+Linux, or with ``SB3_MRQ_REAL_PROCESSES=1``, all processes are real.
 """
 
 import json
@@ -38,7 +38,7 @@ _servers = {}
 
 
 def _path_of(kind):
-    """The address of a server, which is started where there is none yet. It ends when this process does."""
+    """The address of a server, which is started if necessary and ends with this process."""
     if kind not in _servers:
         # In the abstract namespace of Linux: there is no file to delete
         path = f"\0sb3-mrq-tests-{os.getpid()}-{kind}"
@@ -74,13 +74,13 @@ def _receive(connection):
     while not text.endswith(b"\n"):
         part = connection.recv(1)
         if not part:
-            raise RuntimeError("the fork server ended")
+            raise RuntimeError("The fork server ended.")
         text += part
     return int(text)
 
 
 class Popen:
-    """As ``subprocess.Popen``, with what tests use of it."""
+    """The part of ``subprocess.Popen`` that tests use."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Popen:
         return self.poll()
 
     def communicate(self, timeout=None):
-        """What it prints from now on."""
+        """Standard output and error from now on."""
         end = None if timeout is None else time.monotonic() + timeout
         streams = [stream for stream in (self.stdout, self.stderr) if stream is not None]
         texts = {}
@@ -188,7 +188,7 @@ def run(command, *, timeout=600, kind="scripts", cwd=None, env=None):
 
 
 def shell_command(kind="scripts"):
-    """What to put before a command of Python in a shell."""
+    """The prefix of a Python command in a shell."""
     if not ENABLED:
         return []
     # Without site-packages, which take longer to find than all else
@@ -196,7 +196,7 @@ def shell_command(kind="scripts"):
 
 
 def ask(path, command):
-    """Run a command with the descriptors of this process, and end as it does."""
+    """Run a command with the descriptors of this process, and exit with its status."""
     fds = {number: number for number in range(3)}
     settings = dict(cwd=os.getcwd(), env=dict(os.environ), new_session=False, ignore_ctrl_c=False)
     connection = _request("\0" + path, command, fds, **settings)
@@ -209,19 +209,19 @@ def ask(path, command):
 
 
 def serve(number, kind):
-    """Import what takes long, and fork for each connection."""
+    """Import slow packages, and fork for each connection."""
     import importlib
 
     for name in PRELOADED[kind]:
         try:
             importlib.import_module(name)
-        except ImportError:  # what needs it will say so
+        except ImportError:  # the script that needs it will report this
             pass
     import torch
 
     # Threads would not survive a fork
     torch.set_num_threads(1)
-    assert len(os.listdir("/proc/self/task")) == 1, "what was imported has started threads"
+    assert len(os.listdir("/proc/self/task")) == 1, "a preloaded package has started threads"
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     base_path = [entry for entry in sys.path[1:] if entry not in given]
     listener = socket.socket(fileno=number)
@@ -239,7 +239,7 @@ def serve(number, kind):
 
 
 def supervise(connection, base_path):
-    """Fork once more, and tell the id and then the status of the process."""
+    """Fork once more, and send the id and then the status of the process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     header, fds, _, _ = socket.recv_fds(connection, 8, 64)
     length, text = int.from_bytes(header, "big"), b""
@@ -260,7 +260,7 @@ def supervise(connection, base_path):
 
 
 def become(request, fds, base_path):
-    """Be the process that was asked for."""
+    """Become the requested process."""
     import importlib
     import random
 
@@ -270,7 +270,7 @@ def become(request, fds, base_path):
     if request["new_session"]:
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN if request["ignore_ctrl_c"] else signal.default_int_handler)
-    # Out of the way of the numbers that they are to have
+    # Not on the numbers that they are to get
     import fcntl
 
     fds = [fcntl.fcntl(number, fcntl.F_DUPFD, 500) for number in fds]

@@ -1,4 +1,4 @@
-"""What several test modules share: small agents, and their weights under the names that the formulas give the layers."""
+"""Small agents, and their weights under the names of the formulas, for several test modules."""
 
 import resource
 from contextlib import contextmanager
@@ -58,7 +58,7 @@ def make_learner(policy, compiled=False, preprocessed=True, **hyperparameters):
     return learner
 
 
-# Of compiled learners, that of each
+# The updates of each compiled learner
 UPDATES = {}
 
 
@@ -180,7 +180,7 @@ def same(first, second):
 
 @contextmanager
 def file_size_limit(n):
-    """No file may grow beyond so many bytes, as on a disk that is full."""
+    """Limit the size of files in bytes, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
     try:

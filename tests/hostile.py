@@ -181,7 +181,7 @@ class HostileEnv(gym.Env):
 
 
 def worker():
-    """An environment for a process of its own."""
+    """An environment for its own process."""
     return HostileEnv(spaces.Box(-1, 1, (2,), dtype=np.float32), spaces.Discrete(2), lengths=(3, 5))
 
 
@@ -282,20 +282,20 @@ def check_buffer(buffer):
         assert buffer.size() == buffer.n_sampleable == 0
         return
     stored = np.flatnonzero(buffer._flags & HAS_TRANSITION)
-    places, probabilities = buffer.sampling_probabilities()
+    slots, probabilities = buffer.sampling_probabilities()
     assert buffer.size() == len(stored)
-    assert buffer.n_sampleable == len(places)
-    assert set(places) <= set(stored)
-    assert len(places) == 0 or abs(probabilities.sum() - 1) < 1e-9
+    assert buffer.n_sampleable == len(slots)
+    assert set(slots) <= set(stored)
+    assert len(slots) == 0 or abs(probabilities.sum() - 1) < 1e-9
     # What waits is the end of an episode that is running
-    waiting = np.setdiff1d(stored, places)
+    waiting = np.setdiff1d(stored, slots)
     assert len(waiting) <= buffer.n_envs * (buffer.lookahead - 1)
     assert not (buffer._flags[waiting] & ENDED).any()
     for level, above in pairwise(buffer._priorities.levels):
         np.testing.assert_array_equal(level.numpy().sum(axis=1), above.view(-1)[: len(level)])
     assert np.isfinite(buffer.mean_abs_reward())
-    if len(places):
-        for samples in (buffer.get_subtrajectories(places), buffer.get_n_step(places)):
+    if len(slots):
+        for samples in (buffer.get_subtrajectories(slots), buffer.get_n_step(slots)):
             for tensor in (*tensors(samples.observations), samples.rewards, samples.actions):
                 assert th.isfinite(tensor).all()
             assert (samples.rewards[samples.mask == 0] == 0).all()

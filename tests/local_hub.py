@@ -1,5 +1,5 @@
 """
-A Hugging Face hub that is the folder ``HUB``, for the scripts that talk to it. Importing this module puts it in place.
+Replaces the Hugging Face hub by the folder ``HUB`` when this module is imported.
 """
 
 import os

@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
 
 
 def capture(function):
-    """In place of ``Graph.capture``. Recording does the work once, so the first replay is left out."""
+    """Replaces ``Graph.capture``. Recording does the work once, so the first replay is left out."""
     recorder = Recorder()
     with recorder:
         outputs = function()

@@ -362,7 +362,7 @@ ERRORS = {
     ),
     "equal bounds": (
         box_from([-1, 2.5], [1, 2.5]),
-        r"from 2\.5 to 2\.5.*leave this dimension out",
+        r"from 2\.5 to 2\.5.*remove this dimension",
     ),
     "integer Box": (spaces.Box(0, 7, (2,), dtype=np.int64), r"not int64.*MultiDiscrete"),
     "byte Box": (spaces.Box(0, 255, (2,), dtype=np.uint8), r"not uint8.*MultiDiscrete"),

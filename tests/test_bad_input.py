@@ -206,7 +206,7 @@ def test_unknown_policy():
 
 def test_warning_if_nothing_will_be_learned():
     model = tiny_model(SpaceEnv(), learning_starts=20)
-    with pytest.warns(UserWarning, match="20 steps end before learning_starts=20"):
+    with pytest.warns(UserWarning, match="20 steps .*learning_starts=20"):
         model.learn(20)
     assert model._n_updates == 0
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ def test_first_observation_of_all_that_is_not_finite(reset_num_timesteps):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_values_that_are_not_finite_behind_vec_normalize(training, fault, value):
-    """VecNormalize clips, so that an infinite value may look like a finite one. What is stored is the value before it."""
+    """VecNormalize clips, so that an infinite value may look like a finite one. The original value is stored."""
     env = VecNormalize(make_vec_env(lambda: Faulty(SpaceEnv(), fault, value, 15), 1), training=training)
     model = tiny_model(env)
     with pytest.raises(ValueError, match=f"Environment 0 gave the {fault} .* at step 15"):
@@ -289,13 +289,13 @@ def test_final_observations_of_integers_behind_vec_normalize():
 
     model = tiny_model(VecNormalize(make_vec_env(lambda: Noted(space), 1), clip_obs=1e6))
     model.learn(48)
-    ends = np.arange(1, 9) * 7 - 1  # an episode of 6 steps takes 7 places
+    ends = np.arange(1, 9) * 7 - 1  # an episode of 6 steps takes 7 slots
     np.testing.assert_array_equal(model.replay_buffer.arrays()["observations None"][ends], np.stack(finals))
 
 
 @pytest.mark.parametrize("value", [300.0, -1.0, np.nan])
 def test_final_observations_of_integers_out_of_range(value):
-    """They are not taken for what is left of them in a byte."""
+    """They are not truncated to a byte."""
 
     class OutOfRange(SpaceEnv):
         def step(self, action):
@@ -341,7 +341,7 @@ def test_replay_buffer_kwargs_that_the_model_must_know(name):
 
 
 def test_stacks_around_vec_normalize():
-    with pytest.raises(ValueError, match=r"VecNormalize \(3,\) are changed outside of it, to \(6,\): put VecNormalize around"):
+    with pytest.raises(ValueError, match=r"around VecNormalize changes .* from \(3,\) to \(6,\): put VecNormalize around"):
         tiny_model(VecFrameStack(VecNormalize(make_vec_env(SpaceEnv, 1)), 2))
 
 
@@ -450,7 +450,7 @@ def test_observations_of_another_shape_than_the_space(shape):
 
 
 def test_reset_that_fails():
-    """Where the environment stands is not known then: the next ``learn`` begins with a reset, whatever it is told."""
+    """The state of the environment is unknown then, so the next ``learn`` begins with a reset, whatever its arguments."""
 
     class Unreliable(CounterEnv):
         broken = False
@@ -479,7 +479,7 @@ def test_box_action_whose_range_does_not_fit():
 
 
 def test_episode_without_a_final_observation():
-    """SB3 takes the first observation of the next episode where there is none."""
+    """Without a final observation SB3 takes the first one of the next episode."""
 
     class NoFinal(SpaceEnv):
         def step(self, action):
@@ -498,7 +498,7 @@ def test_episode_without_a_final_observation():
     ids=["image", "dict"],
 )
 def test_vec_normalize_around_images_to_be_transposed(space, settings):
-    """What VecNormalize keeps of them has its axes in the environment's order, not in that of the policy."""
+    """The statistics of VecNormalize have their axes in the environment's order, not in the policy's."""
     policy = policy_for(space)
     with pytest.raises(ValueError, match=r"VecNormalize\(VecTransposeImage\(env\)\)"):
         tiny_model(VecNormalize(make_vec_env(lambda: SpaceEnv(space), 1), **settings), policy)

@@ -1,5 +1,5 @@
 """
-The benchmarks run and report what they say they do. Nothing is asserted on time: machines differ, and are busy.
+The benchmarks run and report the right figures. Nothing is asserted about times.
 """
 
 import json
@@ -24,7 +24,7 @@ def numbers(figures):
 
 
 def test_speed(tmp_path, capsys, monkeypatch):
-    # Compiling takes longer than everything else, and has tests of its own
+    # Compiling takes longer than everything else, and has its own tests
     monkeypatch.setattr("sb3_mrq.accelerate.updates.CompiledFunction", lambda function, *_: function)
     out = tmp_path / "speed.json"
     # and so does training with the default intervals
@@ -59,7 +59,7 @@ def test_speed(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("device, fast, all_of_them", [("cpu", 1, 2), ("cuda", 2, 3)])
 def test_modes(device, fast, all_of_them):
-    """What compiles comes last, and can be left out."""
+    """Compiled updates come last, and can be left out."""
     assert len(speed.modes(device, False)) == all_of_them and speed.modes(device, False)[0] == "eager"
     assert speed.modes(device, True) == speed.modes(device, False)[:fast]
 
@@ -73,7 +73,7 @@ def test_memory(tmp_path):
 
 
 def test_plain_implementation_computes_the_same():
-    """What speed is measured against does the same work: with the same weights its losses are those of the package."""
+    """With the same weights the plain implementation has the same losses as the package."""
     settings = dict(precision="float32", compile_updates=False)
     model = MRQ("MlpPolicy", speed.NoiseEnv(), learning_starts=500, seed=0, device="cpu", **settings)
     with pytest.warns(UserWarning, match="Nothing will be learned"):
@@ -98,7 +98,7 @@ def test_plain_implementation_computes_the_same():
 
 
 def copy_weights(model, plain):
-    """From the package's networks to those of the plain implementation, targets included."""
+    """From the package's networks and targets to the plain implementation's."""
 
     def linear(layer, weight, bias):
         with th.no_grad():

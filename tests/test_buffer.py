@@ -48,7 +48,7 @@ def add_episode(buffer, first, length, end=None):
     """
     Observations ``first``, ``first`` + 1, ... ``first`` + ``length``; the reward of a transition is the number it starts at.
 
-    :param end: "terminated", "truncated", or None where the episode goes on (or is "cut" by whatever comes next)
+    :param end: "terminated", "truncated", or None if the episode goes on, or is cut by the next call
     """
     for number in range(first, first + length):
         last = number == first + length - 1
@@ -302,18 +302,18 @@ def test_nothing_crosses_the_write_position(episode_length):
 def test_running_episode_longer_than_the_ring():
     buffer = make_buffer(buffer_size=20, horizon=5, n_steps=3)
     add_episode(buffer, 0, 100)
-    # 20 places: 19 transitions and the newest observation; the last four wait for their horizon
+    # 20 slots: 19 transitions and the newest observation; the last four wait for their horizon
     assert buffer.size() == 19
     assert starts(buffer) == [*range(81, 96)]
 
 
 def test_capacity_counts_observations():
-    # Episodes of 3 transitions take 4 of 20 places
+    # Episodes of 3 transitions take 4 of 20 slots
     buffer = make_buffer(buffer_size=20)
     for episode in range(5):
         add_episode(buffer, 10 * episode, 3, "terminated")
         assert buffer.size() == 3 * (episode + 1)
-    add_episode(buffer, 50, 1)  # writes two places: the first two transitions leave
+    add_episode(buffer, 50, 1)  # writes two slots: the first two transitions leave
     assert buffer.size() == 14
     assert starts(buffer)[0] == 2
 
@@ -338,8 +338,8 @@ def test_environments_keep_apart(n_envs):
     assert th.equal(samples.observations[:, 1:, 0], samples.observations[:, 0] + samples.mask.cumsum(dim=1))
     terminated_envs = set(env_of[samples.terminated.any(dim=1), 0].flatten().int().tolist())
     assert terminated_envs == {1}  # the second is truncated, the third never ends
-    # 99 steps, rings of 30 places. Newest first: the first environment holds 4 steps of a running episode in 5 places and four
-    # whole episodes of 5 in 6 places each; the second 1 step in 2 places, three whole episodes of 7 in 8 places each and the
+    # 99 steps, rings of 30 slots. Newest first: the first environment holds 4 steps of a running episode in 5 slots and four
+    # whole episodes of 5 in 6 slots each; the second 1 step in 2 slots, three whole episodes of 7 in 8 slots each and the
     # last 3 steps of another one; the third 29 steps and an observation. The newest 5 steps wait while their episode runs
     stored, waiting = [4 + 4 * 5, 1 + 3 * 7 + 3, 29][:n_envs], [4, 1, 5][:n_envs]
     assert buffer.size() == sum(stored)
@@ -436,7 +436,7 @@ def test_update_of_an_evicted_transition_is_ignored():
     buffer = make_buffer(buffer_size=20)
     add_episode(buffer, 0, 10, "truncated")
     oldest = all_samples(buffer).indices[:3]
-    # 20 more places are written: 9 + 1 of old, 10 of new ones, so the places of `oldest` now hold a running episode
+    # 20 more slots are written: 9 + 1 of old, 10 of new ones, so the slots of `oldest` now hold a running episode
     add_episode(buffer, 100, 8, "truncated")
     add_episode(buffer, 200, 3)
     assert not set(oldest) & set(buffer.sampling_probabilities()[0])
@@ -447,7 +447,7 @@ def test_update_of_an_evicted_transition_is_ignored():
     assert buffer.n_sampleable == len(before[0])
     np.random.seed(0)
     assert not set(oldest) & set(buffer.sample(1000).indices)
-    # Their places become sampleable later, at the largest priority that anything was really given
+    # Their slots become sampleable later, at the largest priority that anything was really given
     add_episode(buffer, 203, 5, "truncated")
     assert buffer.max_priority == 1
     np.testing.assert_allclose(buffer.sampling_probabilities()[1], 1 / buffer.n_sampleable)
@@ -768,7 +768,7 @@ def test_a_transition_leaves_with_the_oldest_frame_it_needs(zeros):
     episodes = {0: stacked_episode(0, 20, 4, (1, 8, 8), zeros), 100: stacked_episode(100, 12, 4, (1, 8, 8), zeros)}
     add_observations(buffer, episodes[0])
     add_observations(buffer, episodes[100], first_reward=100)
-    # 21 + 13 of 30 places: four frames are overwritten, and the three after them are short of a frame
+    # 21 + 13 of 30 slots: four frames are overwritten, and the three after them are short of a frame
     assert buffer.size() == 20 - 4 - 3 + 12
     assert assert_stored(buffer, episodes) == buffer.size()
     assert all_samples(buffer).rewards[0, 0] == 7
@@ -906,7 +906,7 @@ def test_broken_stack_after_wrap_around():
         add_observations(buffer, episodes[300], first_reward=300)
     after = all_samples(buffer).rewards[:, 0].tolist()
     assert after[-5:] == [300, 301, 302, 303, 304]
-    # Six places are written anew; what is whole by then does not need the frames before it
+    # Six slots are written anew; what is whole by then does not need the frames before it
     assert set(before[6:]) <= set(after)
     assert assert_stored(buffer, episodes) == len(after) == buffer.size()
 
@@ -1000,7 +1000,7 @@ def test_save_and_load(tmp_path, stacked):
 
 
 class NumpyTree:
-    """The tree with arrays in place of tensors."""
+    """The tree with arrays instead of tensors."""
 
     def __init__(self, capacity):
         self.tree = PriorityTree(capacity)
@@ -1110,7 +1110,7 @@ def test_tree_of_one():
 
 @pytest.mark.parametrize("capacity", [5, 32, 100, 1023, 1024, 1025, 33_000])
 def test_tree_does_not_drift(capacity):
-    """Sums are those of the leaves after 100,000 updates, whatever was there before."""
+    """Each sum is the sum of its leaves after 100,000 updates."""
     generator = np.random.RandomState(9)
     expected = np.zeros(capacity)
     tree = NumpyTree(capacity)

@@ -128,7 +128,7 @@ class DictWorld(StackWorld):
 
 class MessyWorld(VectorWorld):
     """
-    Images that are sometimes a stack of frames, sometimes not, with a vector beside them that has the running number.
+    Images that are sometimes a stack of frames, sometimes not, together with a vector of the running number.
 
     ``style`` may change at any time.
     """
@@ -212,7 +212,7 @@ SHAPE = {
     "n_envs": st.integers(1, MAX_ENVS),
     "horizon": st.integers(1, 5),
     "n_steps": st.integers(1, 5),
-    "spare_places": st.integers(0, 14),
+    "spare_slots": st.integers(0, 14),
     "remainder": st.integers(0, MAX_ENVS - 1),
 }
 
@@ -223,13 +223,13 @@ class BufferMachine(RuleBasedStateMachine):
     world: VectorWorld
     keeps_frames = True  # whether it is known from the start that stacks are stored as single frames
 
-    def set_up(self, n_envs: int, horizon: int, n_steps: int, spare_places: int, remainder: int, **fading: float) -> None:
+    def set_up(self, n_envs: int, horizon: int, n_steps: int, spare_slots: int, remainder: int, **fading: float) -> None:
         self.n_envs = n_envs
         self.horizon = horizon
         self.n_steps = n_steps
         # A ring too small for a stack may hold whole observations instead: then what leaves when is no property to test
-        places = max(horizon, n_steps) + 1 + (self.world.frames if self.keeps_frames else 1) + spare_places
-        self.buffer_size = places * n_envs + remainder % n_envs
+        slots = max(horizon, n_steps) + 1 + (self.world.frames if self.keeps_frames else 1) + spare_slots
+        self.buffer_size = slots * n_envs + remainder % n_envs
         self.buffer = SubtrajectoryReplayBuffer(
             self.buffer_size,
             self.world.observation_space,

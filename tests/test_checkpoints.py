@@ -108,7 +108,7 @@ def test_episodes_that_never_end_together(tmp_path):
             self.length = 5 if self.n_resets == 1 else 6
             return super().reset(**kwargs)
 
-    message = "not between episodes at once"
+    message = "never all between episodes before a rollout"
     for folder, env, kwargs in (
         (tmp_path / "apart", make_vec_env_of([6, 7, 11]), {}),
         (tmp_path / "within", OddFirst(), {"train_freq": 2}),
@@ -149,7 +149,7 @@ def test_schedule_does_not_depend_on_interruptions(tmp_path):
 def test_checkpoints_of_another_run_are_left(tmp_path):
     learn(tiny_model(SpaceEnv()), tmp_path, 30, 10)
     learn(tiny_model(SpaceEnv()), tmp_path, 25, 10, keep_last=1)
-    # Newest is what was written last
+    # The last one written is the newest
     assert steps(tmp_path) == [25, 30, 20]
     assert MRQ.resume(tmp_path, SpaceEnv(), device="cpu").num_timesteps == 25
     learn(tiny_model(SpaceEnv()), tmp_path, 5, 10, name_prefix="other")
@@ -187,12 +187,12 @@ def test_within_another_callback(tmp_path):
 
 
 def test_none_of_a_model_that_has_diverged(tmp_path):
-    """It would take the place of one that training can go on from."""
+    """It would replace one from which training can go on."""
     model = tiny_model(SpaceEnv())
     learn(model, tmp_path, 20, 10, keep_last=1)
     with th.no_grad():
         next(model.critic.parameters()).fill_(th.nan)
-    with pytest.raises(DivergedError, match="weights that are not finite"):
+    with pytest.raises(DivergedError, match="weights are not finite"):
         write_checkpoint(model, tmp_path, keep_last=1)
     assert steps(tmp_path) == [20]
 
@@ -394,7 +394,7 @@ def test_full_disk(limit, tmp_path):
     with file_size_limit(limit), pytest.raises(CheckpointError, match="File too large") as error:
         learn(model, tmp_path, 20)
     assert error.value.errno == errno.EFBIG
-    assert str(tmp_path) in str(error.value) and "newest complete one there is mrq_000002_20_steps" in str(error.value)
+    assert str(tmp_path) in str(error.value) and "newest complete checkpoint is mrq_000002_20_steps" in str(error.value)
     assert_still_usable(model, tmp_path, [20, 10])
 
 
@@ -459,7 +459,7 @@ def test_vanished_folder(tmp_path):
             return True
 
     with pytest.raises(
-        CheckpointError, match=r"No checkpoint could be written to .*checkpoints: No such file.*cannot be read"
+        CheckpointError, match=r"The checkpoint could not be written to .*checkpoints: No such file.*cannot be read"
     ):
         model.learn(30, callback=[ResumableCheckpointCallback(10, tmp_path / "checkpoints"), Vanish()])
     assert model.num_timesteps == 20

@@ -123,7 +123,7 @@ def test_eval_callback(tmp_path):
 
 
 def test_evaluation_does_not_disturb_training():
-    """Neither the policy that is evaluated nor the log that is written then changes what is learned."""
+    """Neither evaluation nor logging changes what is learned."""
 
     def learn(callback):
         model = tiny_model(SpaceEnv())
@@ -347,7 +347,7 @@ def test_vec_normalize(what, n_envs):
     env = VecNormalize(env if space is VECTOR else VecTransposeImage(env), **kwargs)
     model = tiny_model(env, policy_for(space))
     learn_and_check(model, 24)
-    # Raw values are stored, normalised ones sampled, and the scale of rewards is that of what is sampled
+    # Raw values are stored, normalised ones sampled. The reward scale belongs to the sampled ones.
     assert 200 < model.replay_buffer.mean_abs_reward() < 800
     assert (100 < model.reward_scale < 1000) if what == "observations" else (0 < model.reward_scale <= env.clip_reward)
 
@@ -423,7 +423,7 @@ def actions_taken(model, total_timesteps):
     """
     Let a model act after its warm-up but not learn.
 
-    :return: stored actions, and those of the policy without noise, both scaled to [-1, 1]
+    :return: stored actions, and the policy's actions without noise, both scaled to [-1, 1]
     """
     before = snapshot(model.policy)
     model.learn(total_timesteps)

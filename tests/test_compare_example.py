@@ -1,5 +1,6 @@
 """
-The example that compares algorithms trains them all alike, notes every evaluation and draws it.
+The example that compares algorithms trains them all alike, records every evaluation and draws it. tests/test_readme.py runs it
+with continuous actions.
 """
 
 import csv
@@ -17,20 +18,17 @@ from stable_baselines3.common.monitor import Monitor
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "compare.py"
 
 
-@pytest.mark.parametrize(
-    "env_id, algorithms", [("Pendulum-v1", ["MRQ", "TD3", "SAC"]), ("CartPole-v1", ["MRQ", "DQN", "QR-DQN"])]
-)
-def test_compare(env_id, algorithms, tmp_path):
-    arguments = f"--env {env_id} --steps 45 --seeds 2 --eval-freq 20 --eval-episodes 1 --threads 1 --out {tmp_path}"
+def test_compare(tmp_path):
+    arguments = f"--env CartPole-v1 --steps 45 --seeds 2 --eval-freq 20 --eval-episodes 1 --threads 1 --out {tmp_path}"
     process = fork_server.run([sys.executable, SCRIPT, *arguments.split()], timeout=300)
     assert process.returncode == 0, process.stderr
     rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
     assert [(row["algorithm"], row["seed"], row["step"]) for row in rows] == [
-        (algorithm, seed, step) for algorithm in algorithms for seed in "01" for step in ("0", "20", "40", "45")
+        (algorithm, seed, step) for algorithm in ("MRQ", "DQN", "QR-DQN") for seed in "01" for step in ("0", "20", "40", "45")
     ]
     for row in rows:
         assert float(row["seconds"]) >= 0
-        assert -2000 < float(row["return"]) < 0 if env_id == "Pendulum-v1" else 1 <= float(row["return"]) <= 500
+        assert 1 <= float(row["return"]) <= 500
     assert process.stdout.splitlines()[-1] == str(tmp_path / "compare.png")
     assert image.imread(tmp_path / "compare.png").std() > 0.01
     assert (tmp_path / "compare.svg").stat().st_size > 1000

@@ -1,8 +1,8 @@
 """
 Training on the device: the replay buffer's copy there, captured training steps, and the way back where they fail.
 
-Graphs are CUDA graphs where there is a GPU. They are also played by recorded_graph.py, which shares what makes them dangerous:
-numbers are those of the first time, tensors stay where they were, and nothing can be read from the device.
+With a GPU graphs are CUDA graphs. recorded_graph.py replays them without one, with the same restrictions: numbers are
+constants, tensors keep their addresses, and nothing can be read from the device.
 """
 
 import threading
@@ -75,7 +75,7 @@ class TestPriorities:
         assert set(priorities.sample(100).tolist()) == {3, 1500}
         priorities.set(th.tensor([3]), th.tensor([0.0]))
         assert set(priorities.sample(100).tolist()) == {1500}
-        # Tiny ones are not lost beside a large one that was there before
+        # Tiny ones are not lost next to an earlier large one
         priorities.set(th.tensor([1500, 7]), th.tensor([1e20, 1e-20]))
         priorities.set(th.tensor([1500]), th.tensor([0.0]))
         assert set(priorities.sample(100).tolist()) == {7}
@@ -112,7 +112,7 @@ class TestStaging:
 
     @needs_gpu
     def test_copies_that_are_late(self):
-        """What was filled arrives although the device is far behind."""
+        """The values arrive although the device is far behind."""
         device = th.device("cuda")
         staging = Staging({"a": ((1000,), th.int64)}, device)
         arrived = []
@@ -216,11 +216,11 @@ def test_copy_is_the_buffer(kind, fade, n_envs, zero_filled, device):
         copy.update_priorities(th.from_numpy(some).to(device), th.from_numpy(new).to(device))
         twin.update_priorities(some, new)
         if random.random() < 0.3:
-            # What is asked of the buffer comes from there
+            # Queries of the buffer are answered by the copy
             np.testing.assert_allclose(buffer.sampling_probabilities()[1], twin.sampling_probabilities()[1], rtol=1e-12)
             assert buffer.max_priority == twin.max_priority
         if random.random() < 0.3:
-            # and what it is told arrives there
+            # and updates of the buffer reach the copy
             for each in (buffer, twin):
                 each.update_priorities(some, new + 1)
     assert buffer.full and copy is not None
@@ -230,7 +230,7 @@ def test_copy_is_the_buffer(kind, fade, n_envs, zero_filled, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_priorities_that_are_not_numbers(device):
-    """Where training has diverged, draws are still places that hold a transition, until that is told."""
+    """After training has diverged, draws are still slots with a transition, until the error is raised."""
     buffer = SubtrajectoryReplayBuffer(60, VECTOR, BOX, device="cpu")
     episodes = Episodes(VECTOR, 1, True, seed=0)
     for _ in range(20):
@@ -373,7 +373,7 @@ class ReadingExtractor(FlattenExtractor):
 
 
 class TestTraining:
-    """Captured training steps against the same ones run as they are."""
+    """Captured training steps against uncaptured ones."""
 
     @pytest.fixture(params=["recorded", pytest.param("cuda", marks=needs_gpu)])
     def device(self, request, monkeypatch):
@@ -507,7 +507,7 @@ class TestTraining:
         ["set_parameters", "optimizer", "learning_rate", "exploration_noise", "gamma", "random_shift_pad", "buffer"],
     )
     def test_changes_from_outside(self, device, change, tmp_path):
-        """A graph goes on with what was set, not with what it was captured with."""
+        """A graph uses newly set values, not the captured ones."""
         space = IMAGE if change == "random_shift_pad" else VECTOR
         models = [make(device, space) for make in (self.make, self.uncaptured)]
         other = self.make(device, space, seed=5, compile_updates=False)
@@ -631,7 +631,7 @@ class TestTraining:
         self.fails_once(model, "could not be captured")
 
     def test_automatic_choice(self, device, capsys):
-        """Captured without compiling, and without a warning not where it is clear from the outset that it cannot be."""
+        """Captured without compiling. No warning if capturing is impossible from the outset."""
         model = self.make(device, compile_updates="auto")
         env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
         normalised = self.make(device, env=env, compile_updates="auto", verbose=1)
@@ -642,14 +642,14 @@ class TestTraining:
             assert model.updates.captured and not model.updates.compiled
             normalised.learn(60)
         assert len(self.captures) == 3 and not normalised.updates.on_device and normalised._n_updates == 50
-        assert "not captured as CUDA graphs: VecNormalize works on the host." in capsys.readouterr().out
+        assert "not captured as CUDA graphs: VecNormalize is not supported on a device." in capsys.readouterr().out
 
     def test_other_optimizer(self, device):
-        self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not Adam")
+        self.fails_once(self.make(device, policy_kwargs=dict(optimizer_class=th.optim.SGD)), "SGD is not supported")
 
     def test_vec_normalize(self, device):
         env = VecNormalize(DummyVecEnv([lambda: LateEnd(VECTOR, BOX, length=9)]))
-        self.fails_once(self.make(device, env=env), "VecNormalize works on the host")
+        self.fails_once(self.make(device, env=env), "VecNormalize is not supported on a device")
 
     def test_buffer_that_does_not_fit(self, device, monkeypatch):
         monkeypatch.setattr(Updates, "free_memory", lambda self: 1000)
@@ -658,7 +658,7 @@ class TestTraining:
     def test_large_integers(self, device):
         """Torch stores these types, but can do little with them."""
         space = spaces.Box(0, 60000, (3,), np.uint16)
-        self.fails_once(self.make(device, space), "observations None are of the type uint16")
+        self.fails_once(self.make(device, space), "dtype uint16 of observations None")
 
     def test_in_a_thread(self, device):
         model = self.make(device)
@@ -716,6 +716,6 @@ def test_memory_of_models_before(monkeypatch):
 
 
 def test_not_on_a_cpu():
-    """A CPU runs and compiles what it always did."""
+    """Capturing changes nothing on a CPU."""
     model = MRQ("MlpPolicy", gym.make("Pendulum-v1"), device="cpu", compile_updates=True, policy_kwargs=TINY_POLICY)
     assert not model.updates.may_capture and model.updates.compiled

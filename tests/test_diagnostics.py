@@ -154,7 +154,7 @@ class TestMeasures:
         assert np.isnan(measures.ridge_probe(features[:5], linear[:5], episodes[:5]).r2)
 
     def test_probe_against_least_squares(self, monkeypatch):
-        """Each fold's predictions are those of a regression on the other folds."""
+        """Each fold is predicted by a regression on the other folds."""
         monkeypatch.setattr(measures, "RIDGES", (1e-10,))
         features, episodes = RANDOM.normal(size=(400, 4)), np.repeat(np.arange(4), 100)
         targets = features @ [1, 2, 3, 4] + RANDOM.normal(size=400)
@@ -179,7 +179,7 @@ class TestMeasures:
     def test_ranks(self):
         basis = np.linalg.qr(RANDOM.normal(size=(40, 40)))[0]
         for rank in (1, 3, 8):
-            # Orthogonal deviations of one size in so many directions
+            # Orthogonal deviations of one size in this many directions
             points = np.concatenate([basis[:rank], -basis[:rank]]) + 5
             assert effective_rank(th.from_numpy(measures.singular_values(points))) == pytest.approx(rank)
         assert effective_rank(th.from_numpy(measures.singular_values(np.full((9, 4), 3.3)))) == 0
@@ -227,7 +227,7 @@ class TestKnownAnswers:
         assert (model.reward_r2 < 0.99).all() and (model.embedding_r2 > 0.999).all()
 
     def test_linear_critic_on_learned_embedding(self):
-        """Where the critic is linear in z_sa, the probe finds it; the observation alone does not explain it."""
+        """The probe finds a critic that is linear in z_sa; the observation alone does not explain it."""
         model = tiny_model(WalkEnv())
         weights = th.as_tensor(RANDOM.normal(size=16), dtype=th.float32)
         model.policy.critic = Function(lambda z_sa: (z_sa @ weights)[:, None].expand(-1, 2))
@@ -273,7 +273,7 @@ class TestKnownAnswers:
 
     @pytest.mark.parametrize("normalized", [False, True])
     def test_returns_by_hand(self, normalized):
-        """Predicted and realised returns from a loop of its own, in the unit of the rewards of training."""
+        """Predicted and realised returns from an independent loop, in the unit of the training rewards."""
         env = DummyVecEnv([WalkEnv])
         if normalized:
             env = VecNormalize(env, gamma=0.9)
@@ -282,7 +282,7 @@ class TestKnownAnswers:
         assert model.reward_scale != 1
         eval_env = DummyVecEnv([WalkEnv])
         if normalized:
-            # Neither statistics nor rewards are those of training
+            # Neither statistics nor rewards of training
             eval_env = VecNormalize(eval_env, norm_reward=False)
         diagnosis = diagnose(model, eval_env, n_episodes=3)
         returns = diagnosis.returns

@@ -1,5 +1,5 @@
 """
-What is published: wheel and sdist, and the files around the code that tell others how to use, cite and continue it.
+The published files: wheel, sdist, and the files for users and contributors.
 """
 
 import os
@@ -44,7 +44,7 @@ def dist(tmp_path_factory):
     run("git", "init", "--quiet", cwd=copy)
     run("git", "add", "--all", cwd=copy)
     run("git", *identity, "commit", "--quiet", "--message", "all", cwd=copy)
-    # The sdist, and the wheel from what is in the sdist
+    # The sdist, and the wheel from the sdist
     run(sys.executable, "-m", "build", "--no-isolation", cwd=copy)
     return copy / "dist"
 

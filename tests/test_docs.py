@@ -1,6 +1,6 @@
 """
-The documentation site: it builds strictly and without the network, its links lead somewhere, its code runs, and what it says
-about arguments is so.
+The documentation site: it builds strictly and without the network, its links are valid, its code runs, and its tables of
+arguments are right.
 """
 
 import ast
@@ -32,15 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
-# Steps that each `learn` on a page takes here at most. The more, the closer to what a reader sees, and the longer it takes.
+# Maximum number of steps of each `learn` on a page
 STEPS = int(os.environ.get("SB3_MRQ_DOCS_STEPS", "30"))
 SHORTEN = f"""
 from sb3_mrq import MRQ
 
 def shorten(init=MRQ.__init__, learn=MRQ.learn):
+    small = dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_sa_dim=8, z_a_dim=4)
+
     def short_init(self, *args, _init_setup_model=True, **kwargs):
         if _init_setup_model:
             kwargs |= dict(learning_starts={STEPS // 2}, batch_size=8, target_update_interval=2)
+            kwargs["policy_kwargs"] = small | kwargs.get("policy_kwargs", {{}})
         init(self, *args, _init_setup_model=_init_setup_model, **kwargs)
 
     def short_learn(self, total_timesteps, *args, **kwargs):
@@ -53,7 +56,7 @@ shorten()
 
 
 class Page(HTMLParser):
-    """What a built page refers to, and the anchors it has."""
+    """Links, resources and anchors of a built page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -103,7 +106,7 @@ def test_links(site):
     folder, pages = site
     broken = []
     for name, page in pages.items():
-        if name == "404.html":  # its links are those of a site at the root of a server
+        if name == "404.html":  # its links assume a site at the root of a server
             continue
         for link in page.links + page.resources:
             target = urlsplit(urljoin(name, link))
@@ -118,7 +121,7 @@ def test_links(site):
 
 
 def test_roles_of_docstrings_are_references(site):
-    """Sphinx's roles have become links, and no parameter has lost its description."""
+    """Sphinx's roles have become links, and every parameter has its description."""
     folder, _ = site
     text = (folder / "api.html").read_text("utf-8")
     assert ":class:" not in text and ":func:" not in text and ":param" not in text
@@ -213,7 +216,7 @@ def test_migrating_from_all_three():
 
 @pytest.mark.parametrize("algorithm", [TD3, SAC, DQN], ids=lambda algorithm: algorithm.__name__)
 def test_migrating(algorithm):
-    """Each argument that only some of the three have is listed, with its default and with that of MRQ."""
+    """Each argument that only some of the three have is listed, with its default and MRQ's."""
     parameters = parameters_of(algorithm.__init__)
     table = {row[0].strip("`"): row[1:] for row in rows("migrating.md", algorithm.__name__)}
     others = {row[0].strip("`") for row in rows("migrating.md", "What all three have")}
@@ -241,7 +244,7 @@ def test_migrating_policies():
 
 @pytest.fixture(scope="module")
 def owners():
-    """What the names with a dot on the developers' page begin with."""
+    """The owners of the names with a dot on the developers' page."""
     model = MRQ("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": {"encoder": [8], "qf": [8], "pi": [8]}})
     return {
         "MRQ": model,  # with the attributes that are set when it is made
@@ -270,7 +273,7 @@ def modules() -> dict[str, ModuleType]:
 
 
 def test_contributors_find_what_is_named(owners):
-    """What the developers' page names is there: names with a dot in their owner, others in the package or in a class of it."""
+    """Names on the developers' page exist: names with a dot in their owner, others in the package or one of its classes."""
     text = (DOCS / "developers.md").read_text("utf-8")
     names = re.findall(r"`([A-Za-z_][A-Za-z_.]*)`", text)
     files = {path.name for folder in ("sb3_mrq", "tests") for path in (ROOT / folder).rglob("*.py")}
@@ -311,10 +314,10 @@ def test_tree_of_modules():
     package = ROOT / "sb3_mrq"
     folders = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     assert sorted(listed) == sorted({path.name for path in package.glob("[a-z]*.py")} | folders)
-    order = {name.removesuffix(".py").removesuffix("/"): place for place, name in enumerate(listed)}
+    order = {name.removesuffix(".py").removesuffix("/"): line for line, name in enumerate(listed)}
     assert order["learner"] > order["mrq"]
-    for name, place in order.items():
+    for name, line in order.items():
         path = package / name
         for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             imported = imports_of(file) - {name, "MRQ"}
-            assert all(order[other] > place for other in imported), f"{file.name} imports {imported}"
+            assert all(order[other] > line for other in imported), f"{file.name} imports {imported}"

@@ -59,7 +59,7 @@ def dm_control_rollout(env_id, seed, actions):
 
 @pytest.mark.parametrize("env_id", DMC_TASKS)
 def test_against_dm_control(env_id):
-    """The trajectory is that of another instance with the same seed, whatever came before."""
+    """Another instance with the same seed gives the same trajectory, whatever came before."""
     env = gym.make(env_id)
     expected = dm_control_rollout(env_id, 7, actions_for(env, 10))
     rollout(env, 3, 4)
@@ -89,7 +89,7 @@ def test_same_in_another_process():
 
 @pytest.mark.parametrize("env_id", ["dmc/cartpole-swingup-v0", "dmc/dog-run-v0", "dmc/walker-walk-v0"])
 def test_whole_episode(env_id):
-    """500 steps, of which only the last is truncated, and none different from those of dm_control."""
+    """500 steps, equal to dm_control's. Only the last is truncated."""
     env = gym.make(env_id)
     expected = dm_control_rollout(env_id, 1, actions_for(env, 500))
     env.reset(seed=1)
@@ -180,7 +180,7 @@ def test_unseeded_episodes_differ():
     assert env.unwrapped.np_random_seed == 0
 
 
-# Of check_env, which tell of what is so on purpose: unbounded observations, and wrappers around the task
+# Warnings of check_env about intended properties: unbounded observations, and wrappers around the task
 HARMLESS = ("observation space (minimum|maximum) value is -?infinity", "is different from the unwrapped version")
 
 
@@ -200,7 +200,7 @@ def test_checkers(env_id, monkeypatch, caplog, capfd):
         gym_check_env(env.unwrapped)
         env.close()
         env.close()
-    assert caplog.messages == []  # such as those of MuJoCo, by way of absl
+    assert caplog.messages == []  # such as MuJoCo's, through absl
     assert "WARN" not in capfd.readouterr().err
 
 

@@ -1,5 +1,5 @@
 """
-Choice of the library to render with. Each test runs in a process of its own, as the choice is made once.
+Choice of the rendering library. Each test runs in its own process, because the choice is made once.
 """
 
 import os
@@ -86,7 +86,7 @@ def test_nothing_works(nothing_works):
 
 
 def test_chosen_by_the_user(nothing_works):
-    """It is kept, even where it cannot render, with one error for what is raised by the library."""
+    """It is kept, even if it cannot render. The error of the library is raised once."""
     set_to, message = run(
         ["step_of_the_state_task() and os.environ['MUJOCO_GL']", "message_of(step_of_the_state_task().render)"],
         MUJOCO_GL="glfw",

@@ -1,5 +1,5 @@
 """
-Every example runs, with few steps, and ends by saying what it says at its end; the notebook too.
+Every example and the notebook run with few steps and print their last lines.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# What the last lines say, and how many steps it takes to get there. train.py and compare.py have tests of their own.
+# Pattern in the last lines, and number of steps. train.py and compare.py have their own tests.
 LAST_WORDS = {
     "atari": ("4 training steps, observations of", 8),
     "custom_encoder": ("FourierFeatures", 12),
@@ -35,7 +35,7 @@ def test_all_are_known():
 
 
 def run(name, folder, steps, *arguments):
-    """Run an example in a folder with so many steps."""
+    """Run an example in a folder."""
     # Targets are replaced every 5 steps, not 250 with as many encoder updates, which on images take minutes on a CPU
     code = (
         "import runpy, sys; from sb3_mrq import MRQ; "
@@ -65,7 +65,7 @@ def test_resuming_after_a_crash(tmp_path):
 def test_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("EXAMPLE_STEPS", "300")
     notebook = nbformat.read(EXAMPLES / "quick_start.ipynb", as_version=4)
-    # What is committed has no outputs
+    # The committed notebook has no outputs
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

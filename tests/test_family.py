@@ -46,7 +46,7 @@ class WithoutTermination(MRQ):
 
 
 class MeanLearner(Learner):
-    """The mean of the heads in place of the minimum."""
+    """The mean of the heads instead of the minimum."""
 
     def bootstrap(self, next_q):
         return next_q.mean(dim=1, keepdim=True)

@@ -47,7 +47,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """torch compiles a function for so many models, and then no more."""
+    """torch compiles a function for a limited number of models."""
     th.compiler.reset()
     counters.clear()
 
@@ -256,7 +256,7 @@ def test_many_models_compiled():
 
 @pytest.mark.usefixtures("traced")
 def test_compiling_anew_fails(monkeypatch):
-    """Where a hyperparameter has changed and the compiler is gone, say: training goes on without it."""
+    """For example after a hyperparameter has changed and the compiler is gone. Training goes on without it."""
     (policy, learner), (expected, eager) = make("box", compiled=True), make("box")
     start = weights(policy)
     train(policy, learner, 1)
@@ -309,7 +309,7 @@ def test_compiling_leaves_no_trace():
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_models_in_threads(precision):
-    """Several models, each trained in a thread of its own, learn what each learns alone."""
+    """Several models, each trained in its own thread, learn what each learns alone."""
     alone, agents = ([make("box", seed=seed, precision=precision) for seed in range(3)] for _ in range(2))
     starts = [weights(policy) for policy, _ in alone]
     for agent in alone:
@@ -342,7 +342,7 @@ def test_under_autocast_of_a_user():
 
 @pytest.mark.usefixtures("traced")
 def test_copies_train_themselves():
-    """What is compiled for a model must not work on the networks of the model that it was copied from."""
+    """Compiled functions of a copied model must not use the networks of the original."""
     compiled, plain = make("box", compiled=True), make("box")
     train(*compiled, 3)
     train(*plain, 3)
@@ -356,7 +356,7 @@ def test_copies_train_themselves():
 
 
 def test_frozen_encoder():
-    """A user may freeze what was trained elsewhere: the agent then learns on top of it."""
+    """A user may freeze pretrained layers. The agent then learns on top of them."""
     policy, learner = make("box")
     policy.encoder.requires_grad_(False)
     frozen, start = deepcopy(policy.encoder.state_dict()), weights(policy)
@@ -399,7 +399,7 @@ def test_processors_with_bfloat16(monkeypatch, machine, instructions):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(th.cpu, name, lambda name=name: name == instructions)
     assert bfloat16_is_fast(th.device("cpu")) == (machine == "aarch64" or instructions is not None)
-    # Chosen only where there are instructions for certain
+    # Chosen only if the processor certainly has the instructions
     expected = "float32" if instructions is None else "bfloat16"
     assert automatic_precision(th.device("cpu"), nn.Linear(2, 2)) == expected
 
@@ -485,7 +485,7 @@ class TestModel:
 
     @pytest.mark.usefixtures("traced")
     def test_extractor_that_cannot_be_compiled(self):
-        """It runs as it is, and training is the same."""
+        """It runs uncompiled, and training is the same."""
         settings = SMALL | {"policy_kwargs": SIZES | {"features_extractor_class": FailsWhenCompiled}}
         models = []
         for compiled in (False, True):
@@ -508,7 +508,7 @@ class TestModel:
 
     @pytest.mark.parametrize("supported", [True, False])
     def test_precision_by_default(self, monkeypatch, capsys, tmp_path, supported):
-        """That of the processor a model is on, also where it was saved on another one."""
+        """It depends on the processor that a model runs on, even if it was saved on another one."""
         expected = "bfloat16" if supported else "float32"
         monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not supported)
         MRQ("MlpPolicy", "Pendulum-v1", **SMALL).save(tmp_path / "elsewhere")
@@ -531,7 +531,7 @@ class TestModel:
         with warnings.catch_warnings(record=True) as record:
             warnings.simplefilter("always")
             model.learn(21)
-        found = [warning for warning in record if "many times slower here" in str(warning.message)]
+        found = [warning for warning in record if "many times slower" in str(warning.message)]
         assert len(found) == (0 if fast else 1)
         # At the line that can be changed
         assert all(warning.filename == __file__ for warning in found)
@@ -576,7 +576,7 @@ class TestModel:
 
     @pytest.mark.usefixtures("differentiated")
     def test_automatic_choice_stays(self, monkeypatch):
-        """What is compiled stays so in a short call of ``learn`` that follows."""
+        """Compiled losses stay compiled in a short call of ``learn`` that follows."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
         model = MRQ("MlpPolicy", "Pendulum-v1", **SMALL)
         model.learn(30)
@@ -600,7 +600,7 @@ class TestModel:
         assert loaded.updates.compiled
 
     def test_compiling_is_tried_once(self, monkeypatch):
-        """Where it fails there is one warning, also over several calls of ``learn``."""
+        """If compiling fails there is one warning, also over several calls of ``learn``."""
         monkeypatch.setattr(MRQ, "COMPILE_FROM", 10)
 
         def fail(*args, **kwargs):
@@ -618,9 +618,9 @@ class TestModel:
     @pytest.mark.usefixtures("differentiated")
     @pytest.mark.parametrize("compiled", [False, True])
     def test_hyperparameters_set_from_outside(self, tmp_path, compiled):
-        """As in TD3, what is set on a model counts from the next training step on."""
+        """As in TD3, a changed attribute takes effect at the next training step."""
         given = dict(gamma=0.5, target_policy_noise=0.0, priority_alpha=0.0, reward_loss_weight=0.7, max_grad_norm=1e-3)
-        # Compiled and eager updates round differently, in bfloat16 by more than what is to be seen here
+        # Compiled and eager updates round differently, in bfloat16 by more than the difference tested here
         model = MRQ("MlpPolicy", "Pendulum-v1", compile_updates=compiled, precision="float32", **SMALL)
         model.learn(40)
         model.save(tmp_path / "model")

@@ -112,7 +112,7 @@ def assert_close(ours, theirs, rtol):
 
 def assert_same_weights(network, expected, before):
     """
-    Compare tensor by tensor: a single weight may be off by some of an Adam step, where its gradient is all but zero.
+    Compare tensor by tensor: a single weight may be off by part of an Adam step if its gradient is almost zero.
 
     :param before: the weights before the updates; what the updates changed must be the same too
     """

@@ -87,7 +87,7 @@ def as_batch(values):
 
 
 def key_of(*parts):
-    """What identifies a transition, of arrays as they are stored."""
+    """The identity of a transition, from stored arrays."""
     arrays = []
     for part in parts:
         arrays += [part[key] for key in sorted(part)] if isinstance(part, dict) else [part]
@@ -95,7 +95,7 @@ def key_of(*parts):
 
 
 def stored_form(obs):
-    """Stored in float32 if in float64, everything else as it is."""
+    """float64 is stored in float32, everything else unchanged."""
     if isinstance(obs, dict):
         return {key: stored_form(value) for key, value in obs.items()}
     return obs.astype(np.float32) if obs.dtype == np.float64 else obs
@@ -136,7 +136,7 @@ BUFFER_FAULTS = [None, None, "nan", "inf", "too large", "shape", "reward", "rewa
 def test_buffer(
     observation_space, action_space, rewards, lengths, n_envs, horizon, n_steps, spare, steps, fault, stacked, seed
 ):
-    """It gives nothing but transitions that were added; what it refuses leaves it as it was."""
+    """It returns only transitions that were added. A refused transition leaves it unchanged."""
     rng = np.random.default_rng(seed)
     space = channels_first(observation_space)
     size = (max(horizon, n_steps) + 2 + spare) * n_envs
@@ -175,8 +175,8 @@ def test_buffer(
         latest = next_obs
         given_transitions |= {key_of(stored_form(o), r, stored_form(n)) for o, r, n in zip(obs, reward, next_obs, strict=True)}
     check_buffer(buffer)
-    places, _ = buffer.sampling_probabilities()
-    if len(places) == 0:
+    slots, _ = buffer.sampling_probabilities()
+    if len(slots) == 0:
         return
     # Any transition of any sub-trajectory is one that was given
     samples = buffer.sample(8)
@@ -196,10 +196,10 @@ def random_action(space, rng):
 
 def contents(buffer):
     """All that a buffer would give, as bytes."""
-    places, probabilities = buffer.sampling_probabilities()
-    parts = [places, probabilities, buffer._flags, buffer.rewards, buffer._write_pos, buffer._running, buffer._length]
-    if len(places):
-        samples = buffer.get_subtrajectories(places)
+    slots, probabilities = buffer.sampling_probabilities()
+    parts = [slots, probabilities, buffer._flags, buffer.rewards, buffer._write_pos, buffer._running, buffer._length]
+    if len(slots):
+        samples = buffer.get_subtrajectories(slots)
         parts += [value.numpy() for value in (samples.rewards, samples.terminated, samples.mask, samples.actions)]
         obs = samples.observations
         parts.append({key: value.numpy() for key, value in obs.items()} if isinstance(obs, dict) else obs.numpy())
@@ -404,7 +404,7 @@ def must_be_refused(fault, space, vec_env):
 # -- processes that die ------------------------------------------------------------------------------------------------
 
 
-# SB3's default where there is one. By fork a worker would keep the pipes of the others open, and SB3 wait forever.
+# SB3's default if available. With fork a worker would keep the pipes of the others open, and SB3 would wait forever.
 START_METHOD = "forkserver"
 
 

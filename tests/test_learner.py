@@ -43,7 +43,7 @@ SMALL = dict(
     reward_bins_limit=3,
 )
 BINS = np.array([np.sign(x) * (np.exp(abs(x)) - 1) for x in np.linspace(-3, 3, 7)])
-# Large steps: what is computed from old weights instead of new ones is far off
+# Large steps, so that results from old weights differ a lot from results from new ones
 RATES = dict(lr=3e-2, encoder_lr=1e-2)
 # Number of values of each dimension, None for a Box
 SPACES = {
@@ -59,7 +59,7 @@ REWARD_SCALE, TARGET_REWARD_SCALE = 0.7, 1.3
 
 @pytest.fixture
 def float64():
-    """New tensors are float64, those of networks and reward bins among them."""
+    """New tensors are float64, also in networks and reward bins."""
     before = th.get_default_dtype()
     th.set_default_dtype(th.float64)
     yield
@@ -168,7 +168,7 @@ class ValueBatch:
         return lambda weights: reference.value_loss(reference.q(weights, z_sa), y)
 
     def policy_loss_function(self, weights):
-        """The policy loss as a function of all weights but those of f."""
+        """The policy loss as a function of all weights except f's."""
         z_s = reference.f(weights, self.observations)
         return lambda weights: reference.policy_loss(weights, z_s, self.policy_gumbel, self.sizes)
 
@@ -224,7 +224,7 @@ def test_encoder_update(float64, case, termination_switch):
 
 
 def test_termination_term(float64):
-    """Section 3: the termination term is reported, and is in the loss only where it is switched on."""
+    """Section 3: the termination term is always reported, and is in the loss only if it is switched on."""
     action_space, sizes = SPACES["box"]
     batch = EncoderBatch(sizes, seed=1)
     agents = [Agent(action_space) for _ in range(2)]
@@ -271,7 +271,7 @@ def test_value_and_policy_update(float64, case, n_critics):
         assert_close(metrics.q_value, values.mean())
         assert_close(metrics.td_error, np.abs(values - y).mean())
         assert_close(metrics.critic_grad_norm, reference.norm(critic_differences), rtol=1e-6)
-        # That of the policy loss is not in it
+        # Without the gradient of the policy loss
         critic_gradients = read_weights(agent.policy.critic, "grad")
         assert_gradient(critic_gradients, critic_differences)
         new_critic = read_weights(agent.policy.critic)
@@ -376,7 +376,7 @@ def test_nothing_past_the_end_of_an_episode_matters(float64, fill):
     encoder_batch.actions[hidden] = np.sign(fill)
     encoder_batch.observations[:, 1:][hidden] = fill
     value_batch.rewards[value_batch.mask == 0] = fill
-    # Not used where the episode terminates
+    # Not used if the episode terminates
     value_batch.next_observations[[1, 4]] = fill
     encoder_batch.update(other)
     value_batch.update(other)

@@ -48,7 +48,7 @@ def make_env():
 
 
 def train(folder, progress):
-    """What is killed: training from the newest checkpoint on, with notes of steps reached and of checkpoints written."""
+    """The process to kill: training from the newest checkpoint, recording steps reached and checkpoints written."""
 
     class Noting(ResumableCheckpointCallback):
         def note(self, word):
@@ -88,7 +88,7 @@ def wait_for(condition, timeout=120):
 
 
 def temporary_folders(folder):
-    """Names and identities of what is not complete."""
+    """Names and identities of incomplete checkpoints."""
     with os.scandir(folder) as entries:
         return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith(TEMPORARY)}
 
@@ -129,7 +129,7 @@ def test_kills(tmp_path):
         assert "failed" not in [word for word, _ in notes(progress)]
         assert resumed == ([reached] if reached else [])
         newest = list_checkpoints(folder)[0].num_timesteps if list_checkpoints(folder) else 0
-        # That of the last note, or the one after it, whose note was not made any more
+        # The last recorded one, or the next one, which the kill kept from being recorded
         last = max([reached, *saved])
         assert newest in (last, last - last % 20 + 20)
         reached = newest

@@ -1,5 +1,5 @@
 """
-The package as it is installed.
+The installed package.
 """
 
 import ast

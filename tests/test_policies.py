@@ -51,7 +51,7 @@ class WholeMultiInput(MultiInputExtractor):
 
 
 class SmallCNN(CNNExtractor):
-    """With a constructor of its own."""
+    """With its own constructor."""
 
     def __init__(self, observation_space, normalized_image=False):
         super().__init__(observation_space, normalized_image=normalized_image)
@@ -372,7 +372,7 @@ def test_policy_kwargs_are_left_alone():
 
 
 def test_forward_is_the_scaled_action():
-    """policy.forward, which exports use, gives actions in [-1, 1]; predict those of the space."""
+    """policy.forward, which exports use, gives actions in [-1, 1]; predict gives actions of the space."""
     space = spaces.Box(np.float32(2), np.float32(6), (2,))
     model = tiny_model(SpaceEnv(action_space=space))
     obs = VECTOR.sample()

@@ -1,6 +1,6 @@
 """
-Every command and snippet of the README is executed, as it stands there, one after the other in one folder. Those that would
-take long are shortened: functions of the shell stand in for the commands and add arguments, of which the last ones count.
+Every command and snippet of the README is executed, one after the other in one folder. Long ones are shortened: shell
+functions replace the commands and add arguments, which override earlier ones.
 """
 
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import fork_server
 import matplotlib.image
+import numpy as np
+import pandas as pd
 import pytest
 from test_docs import code_of, run_code
 
@@ -21,7 +23,7 @@ README = ROOT / "README.md"
 STEPS = int(os.environ.get("SB3_MRQ_README_STEPS", "240"))
 EXTRAS = set(metadata("sb3-mrq").get_all("Provides-Extra"))
 
-# The two that cannot be executed within a test are what brought it here: .ci/run has these lines
+# Two commands cannot be executed within a test: .ci/run executes them
 IN_CI = {
     'pip install -c .ci/constraints.txt ".[all]"': '-m pip install -c .ci/constraints.txt ".[all]"',
     "make test": "make test ",
@@ -44,7 +46,7 @@ sb3-mrq() {{
     case "$*" in
         # The installed command itself
         train*" --algo mrq "*" --seed 1 "*) command sb3-mrq "$@" $more ;;
-        # What it does, in a fork of a process that has imported torch
+        # The same program in a fork of a process that has imported torch
         *) $FORK_ZOO "$PYTHON" "$(type -P sb3-mrq)" "$@" $more ;;
     esac
 }}
@@ -61,14 +63,14 @@ python() {{
     esac
 }}
 make() {{
-    # Everything is set up already; and a task with short episodes
-    local env=
+    # Everything is set up already. The second one trains a task with short episodes, in a fork.
+    local env= python="$PYTHON"
     case "$*" in
-        train*ENV=*) env=ENV=InvertedPendulum-v5 ;;
+        train*ENV=*) env=ENV=InvertedPendulum-v5 python="$FORK_SCRIPTS $PYTHON" ;;
         train*) ;;
-        *) echo "no stand-in for make $*"; return 1 ;;
+        *) echo "no replacement for make $*"; return 1 ;;
     esac
-    command make -C {ROOT} -o setup "$@" $env STEPS={STEPS} OUT="$PWD/make$env"
+    command make -C {ROOT} -o setup python="$python" "$@" $env STEPS={STEPS} OUT="$PWD/make$env"
 }}
 """
 
@@ -118,9 +120,12 @@ def test_commands(number, folder):
 
 
 def test_what_the_commands_leave(folder):
-    """The files that the README speaks of."""
     if not (folder / "logs").exists():
         pytest.skip("the commands were not run")
+    assert np.load(folder / "logs/td3/Pendulum-v1_1/evaluations.npz")["results"].shape == (2, 2)
+    (trials,) = (folder / "logs/mrq").glob("report_*.csv")
+    assert pd.read_csv(trials)["state"].tolist() == ["COMPLETE"]
+    assert set(pd.read_csv(folder / "runs/compare/compare.csv")["algorithm"]) == {"MRQ", "TD3", "SAC"}
     assert len(list(folder.glob("make*/**/*.mp4"))) == 2
     assert list(folder.glob("logs/mrq/Pendulum-v1_1/videos/*.mp4"))
     assert (folder / "logs/mrq/Pendulum-v1_1/diagnosis/index.html").exists()

@@ -281,7 +281,7 @@ def test_flipped_bits(saved):
 
 
 def test_too_long(saved):
-    refused(saved[1] + b"x", "1 bytes too many")
+    refused(saved[1] + b"x", "1 additional bytes")
 
 
 def test_something_follows_in_a_file_object(saved):
@@ -312,15 +312,15 @@ def edited(data, edit):
     [
         (lambda h: h["arrays"][-1][2].append(2), "type and shape"),
         (lambda h: h["arrays"][-1].__setitem__(1, "<f4"), "type and shape"),
-        (lambda h: h["arrays"].pop(), "arrays, not"),
+        (lambda h: h["arrays"].pop(), "arrays instead of"),
         (lambda h: h.__setitem__("buffer_size", 30), "type and shape"),
-        (lambda h: h.__setitem__("buffer_size", 2), "do not fit together"),
-        (lambda h: h.__setitem__("buffer_size", "a"), "do not fit|understood"),
+        (lambda h: h.__setitem__("buffer_size", 2), "are inconsistent"),
+        (lambda h: h.__setitem__("buffer_size", "a"), "inconsistent|invalid"),
         (lambda h: h["written"].__setitem__(0, 1000), "slots"),
         (lambda h: h.__setitem__("written", [40]), "slots"),
-        (lambda h: h.pop("n_steps"), "understood"),
-        (lambda h: h["numbers"]["storages"][1][1].__setitem__("frame_channels", 3), "no stacks"),
-        (lambda h: h["written"].__setitem__(0, h["written"][0] - 1), "damaged|too many"),
+        (lambda h: h.pop("n_steps"), "header of the file is invalid"),
+        (lambda h: h["numbers"]["storages"][1][1].__setitem__("frame_channels", 3), "cannot be stacks"),
+        (lambda h: h["written"].__setitem__(0, h["written"][0] - 1), "damaged|additional bytes"),
     ],
 )
 def test_header_that_does_not_fit(saved, edit, match):
@@ -335,7 +335,7 @@ def test_numbers_that_do_not_fit(monkeypatch):
         monkeypatch.setattr(
             buffer, "get_state", lambda state=state, n=name, v=value: state._replace(numbers=state.numbers | {n: v})
         )
-        refused(to_bytes(buffer), "do not fit together", like=make())
+        refused(to_bytes(buffer), "are inconsistent", like=make())
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_pickle(protocol, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "system", lambda *_: pytest.fail("code was run"))
     model = tiny_model(SpaceEnv())
     with pytest.raises(
-        ReplayFileError, match=r"b\.pkl cannot be loaded as a replay buffer: it is a pickle.*runs whatever code"
+        ReplayFileError, match=r"b\.pkl cannot be loaded as a replay buffer\. The file is a pickle.*runs the code"
     ):
         model.load_replay_buffer(tmp_path / "b.pkl")
 
@@ -422,7 +422,7 @@ def test_failed_save_leaves_the_file_that_was_there(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_little_memory():
-    """Neither file nor buffer is ever in memory twice, and places never written to are not touched by loading."""
+    """Neither file nor buffer is ever in memory twice, and loading does not touch unused slots."""
 
     def resident():
         with open("/proc/self/statm") as file:

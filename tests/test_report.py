@@ -1,5 +1,5 @@
 """
-Reports of studies: the numbers in them are those of the runs, and all seeds are accounted for.
+Reports of studies: their numbers agree with the runs, and all seeds are accounted for.
 """
 
 import json
@@ -229,7 +229,7 @@ class TestReport:
         # Within two panels
         assert 80 < max(map(len, shown.splitlines())) < 120
         assert report.draw_overview(panels, table, None, colors).get_supxlabel() == caption
-        # One band, of what is published; its mean, and those of two algorithms, and their seeds
+        # One band, of the published returns. Their mean, the means of two algorithms, and each seed
         assert len(figure.axes[0].collections) == 1 and len(figure.axes[0].lines) == 1 + 2 + 2 * 2
         many = results({(TASKS[0], "mrq"): [1, 2, 3, 4, 5]})
         (axis,) = report.draw_overview([TASKS[0]], many, None, colors).axes

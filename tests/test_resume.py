@@ -117,7 +117,7 @@ def first_checkpoint(folder):
 
 
 def resume_all(folder):
-    """What the new process does: resume every run, and leave what it leads to in a file."""
+    """The new process: resume every run, and write the results to a file."""
     for name, case in CASES.items():
         # Generators are in another state than where the run began, and are drawn from before learning starts
         random.seed(99)
@@ -214,8 +214,8 @@ def signal_in_call(monkeypatch, learner, name, when, n_calls):
 )
 def test_stopped_in_training_steps(kwargs, n_calls, left, of_the_burst, total, tmp_path, monkeypatch):
     """
-    A signal in a burst of encoder updates, or between several training steps, does not wait for their end. What is left is
-    done before anything else when training goes on, so that nothing changes; also where there is nothing else to do.
+    A signal in a burst of encoder updates, or between several training steps, does not wait for their end. The rest is done
+    first when training goes on, so that nothing changes.
     """
     straight = plain_model(**kwargs)
     straight.learn(total)
@@ -282,7 +282,7 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
 @pytest.mark.parametrize("total", [28, TOTAL], ids=["last", "not the last"])
 @pytest.mark.parametrize("kwargs", [{}, {"train_freq": 14, "gradient_steps": 14}, EPISODES], ids=str)
 def test_stopped_in_an_evaluation(kwargs, total, event, first, tmp_path):
-    """Nothing is lost: what was collected is stored, and learned from when training goes on."""
+    """Collected transitions are stored, and learned from when training goes on."""
     straight = plain_model(**kwargs).learn(total)
     model = stop_in_an_evaluation(event, 28, first, total, tmp_path, **kwargs)
     assert model.num_timesteps == 28 and model.gradient_steps_left > 0
@@ -312,7 +312,7 @@ def test_training_steps_of_callbacks_are_put_off_too(tmp_path, monkeypatch):
     signal_in_call(monkeypatch, stopped.learner, "update_value_and_policy", lambda: stopped.num_timesteps == 28, 3)
     stopped.learn(TOTAL, callback=[ResumableCheckpointCallback(1000, tmp_path), TrainsMore()])
     assert stopped.gradient_steps_left == 18
-    # Once learn has ended training steps are what they always are
+    # After learn has ended, a training step is complete again
     left, before = stopped.gradient_steps_left, stopped._n_updates
     stopped.train(2, stopped.batch_size)
     assert stopped.gradient_steps_left == 0 and stopped._n_updates == before + left + 2
@@ -359,7 +359,7 @@ def test_running_episode_is_truncated(tmp_path):
     assert resumed.num_timesteps == 18 and resumed.replay_buffer.size() == 18
     resumed.learn(20, reset_num_timesteps=False)
     samples = resumed.replay_buffer.get_n_step(np.arange(15, 20))
-    # 2 episodes of 8 places, then 4 transitions of the one cut short
+    # 2 episodes of 8 slots, then 4 transitions of the one cut short
     assert samples.mask.sum(dim=1).tolist()[1:4] == [3, 3, 2]
     assert resumed.num_timesteps == 38 and resumed.replay_buffer.size() == 38
 
@@ -428,7 +428,7 @@ def test_environment_by_its_id(tmp_path):
 def test_another_buffer_size_is_told(tmp_path):
     model = tiny_model(SpaceEnv())
     model.learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
-    with pytest.warns(UserWarning, match="keeps the 500 slots it had, not buffer_size=900"):
+    with pytest.warns(UserWarning, match="keeps its 500 slots. buffer_size=900"):
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu", buffer_size=900)
     assert resumed.buffer_size == resumed.replay_buffer.buffer_size == 500
 
@@ -477,7 +477,7 @@ def test_on_a_processor_with_another_precision(tmp_path, monkeypatch, there):
         warnings.simplefilter("error")
         MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     monkeypatch.setattr("sb3_mrq.accelerate.precision.processor_has_bfloat16", lambda: not there)
-    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and goes on in {names[not there]}") as record:
+    with pytest.warns(UserWarning, match=f"computed in {names[there]} before, and continues in {names[not there]}") as record:
         resumed = MRQ.resume(tmp_path, SpaceEnv(), device="cpu")
     assert resumed.learner.hyperparameters.precision == names[not there]
     assert record[0].filename == __file__

@@ -1,5 +1,5 @@
 """
-What is saved is all that training depends on, and what is loaded trains and acts on.
+Saving includes everything that training depends on, and loaded models train and act.
 """
 
 import io
@@ -271,7 +271,7 @@ def test_get_and_set_parameters(trained):
         assert_equal(getattr(other, name).optimizer.state_dict(), getattr(model, name).optimizer.state_dict())
     # The units of the values
     assert (other.reward_scale, other.target_reward_scale) == (model.reward_scale, model.target_reward_scale)
-    # In place: what learns is what acts
+    # In place: the networks that learn also act
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
 
@@ -377,7 +377,7 @@ def test_replay_buffer_of_another_algorithm():
     file = io.BytesIO()
     save_to_pkl(file, ReplayBuffer(10, VECTOR, BOX, device="cpu"))
     file.seek(0)
-    with pytest.raises(ValueError, match="it is a pickle"):
+    with pytest.raises(ValueError, match="The file is a pickle"):
         model.load_replay_buffer(file)
     assert model.replay_buffer is present
 

@@ -36,7 +36,7 @@ MIDDLE = np.array([2.0, -0.5])
 
 
 def alternating_rewards(step):
-    """No two are equal, and neither are the means of what was given by different times."""
+    """No two are equal, and neither are their means at different times."""
     return (-1) ** step * (1 + 0.1 * step)
 
 
@@ -483,7 +483,7 @@ def test_termination_switch():
 
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_actions_are_random_before_learning_starts(n_envs):
-    """Section 6: until then uniform over the space; after it those of the policy, here always the middle of the space."""
+    """Section 6: until then uniform over the space; afterwards the policy's, here always the middle of the space."""
     envs = [ToyEnv() for _ in range(n_envs)]
     model = make_model(make_vec_env(*envs), gradient_steps=0, exploration_noise=0.0, learning_starts=300)
     for parameter in model.actor.parameters():
@@ -511,7 +511,7 @@ def test_exploration_noise():
         assert stats.kstest(noise[:, dim], stats.norm(0, 0.2).cdf).pvalue > 1e-3
         assert abs(noise[:, dim].std() / 0.2 - 1) < 0.1
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.15
-    # The buffer holds what was done, scaled to [-1, 1]
+    # The buffer holds the executed actions, scaled to [-1, 1]
     np.testing.assert_allclose(model.replay_buffer.actions[:7], noise[:7], atol=1e-5)
     for deterministic in (True, False):
         action, _ = model.predict(np.zeros((10, 2), dtype=np.float32), deterministic=deterministic)
@@ -519,7 +519,7 @@ def test_exploration_noise():
 
 
 def test_priorities():
-    """Section 7: value updates set max(|Q_1 - y|, |Q_2 - y|, 1) ** 0.4 on what they sampled, encoder updates set nothing."""
+    """Section 7: value updates set max(|Q_1 - y|, |Q_2 - y|, 1) ** 0.4 for their batch, encoder updates set nothing."""
     # A few rewards are far larger than the mean
     model = make_model(ToyEnv(reward=lambda step: 1000.0 if step % 6 == 0 else 1.0))
     calls = record(model)
@@ -582,7 +582,7 @@ def test_learning_rate_schedules():
 
 
 def test_defaults_are_those_of_the_paper():
-    """Sections 3 to 8: every constant. The precision by default is that of the processor."""
+    """Sections 3 to 8: every constant. The default precision depends on the processor."""
     model = MRQ("MlpPolicy", ToyEnv(), device="cpu", precision="float32")
     assert asdict(model.learner.hyperparameters) == PAPER | {"random_shift_pad": 4}
     expected = dict(

@@ -50,15 +50,15 @@ class Wander(gym.Env):
 
 
 class RecordingBuffer(SubtrajectoryReplayBuffer):
-    """Keeps in ``assigned`` the priority that each place was given last, beside the tree."""
+    """Also keeps the last priority of each slot in ``assigned``."""
 
     def _allocate(self):
         super()._allocate()
         self.assigned = np.zeros(self.buffer_size * self.n_envs)
 
-    def _activate(self, places):
-        super()._activate(places)
-        self.assigned[places] = self.max_priority
+    def _activate(self, slots):
+        super()._activate(slots)
+        self.assigned[slots] = self.max_priority
 
     def update_priorities(self, indices, priorities):
         super().update_priorities(indices, priorities)
@@ -73,7 +73,7 @@ def resident_memory():
 
 class Meter(BaseCallback):
     """
-    Takes the memory and the processor time of each chunk, the latter in units of a yardstick timed beside it: the same updates
+    Takes the memory and the processor time of each chunk, the latter in units of a yardstick timed with it: the same updates
     of another learner each time, which tell how fast the machine is at that moment.
     """
 
@@ -88,13 +88,13 @@ class Meter(BaseCallback):
         for network in (self.other.critic, self.other.actor):
             for group in network.optimizer.param_groups:
                 group["lr"] = 0.0  # so that it stays the same
-        self.place, self.times_around = 0, 0
+        self.slot, self.times_around = 0, 0
         self.start = time.process_time()
 
     def _on_step(self):
         buffer = self.model.replay_buffer
-        self.times_around += buffer.pos < self.place
-        self.place = buffer.pos
+        self.times_around += buffer.pos < self.slot
+        self.slot = buffer.pos
         if self.num_timesteps % CHUNK == 0:
             now = time.process_time()
             self.seconds.append(now - self.start)
@@ -130,40 +130,40 @@ def test_soak():
 
     times = np.array(meter.seconds) / np.array(meter.yardstick)
     memory = np.array(meter.memory)
-    settled = np.flatnonzero(np.array(meter.wraps) >= 2)  # since the first wrap, of each place: the chunks to compare
+    settled = np.flatnonzero(np.array(meter.wraps) >= 2)  # since the first wrap, of each slot: the chunks to compare
     third = len(settled) // 3
     early, late = settled[:third], settled[-third:]
     slowdown = np.median(times[late]) / np.median(times[early]) - 1
     growth = memory[late].max() - memory[early].max()
 
-    # Sampling: sums of the tree, what it should hold, and what comes out of it
+    # Sampling: sums of the tree, its leaves, and draws from it
     levels = buffer._priorities.levels
     leaves = buffer._priorities.leaves.numpy()
     for children, parents in pairwise(levels):
         np.testing.assert_array_equal(children.numpy().sum(axis=1), parents.view(-1)[: len(children)])
-    places, probabilities = buffer.sampling_probabilities()
-    np.testing.assert_array_equal(leaves[places], buffer.assigned[places])
-    np.testing.assert_allclose(probabilities, leaves[places] / leaves.sum(), rtol=1e-12)
+    slots, probabilities = buffer.sampling_probabilities()
+    np.testing.assert_array_equal(leaves[slots], buffer.assigned[slots])
+    np.testing.assert_allclose(probabilities, leaves[slots] / leaves.sum(), rtol=1e-12)
     stored = np.flatnonzero(buffer._flags & HAS_TRANSITION)
-    assert buffer.n_sampleable == len(places) and buffer.size() == len(stored)
+    assert buffer.n_sampleable == len(slots) and buffer.size() == len(stored)
     # All but the last of the running episodes, whose horizon is not complete
-    waiting = np.setdiff1d(stored, places)
-    assert set(places) <= set(stored) and len(waiting) < N_ENVS * buffer.lookahead
+    waiting = np.setdiff1d(stored, slots)
+    assert set(slots) <= set(stored) and len(waiting) < N_ENVS * buffer.lookahead
     assert not (buffer._flags[waiting] & ENDED).any()
     draws = np.bincount(np.concatenate([buffer._priorities.sample(10_000).numpy() for _ in range(200)]), minlength=len(leaves))
-    assert draws.sum() == draws[places].sum()
-    p_value = stats.chisquare(draws[places], probabilities * draws.sum()).pvalue
+    assert draws.sum() == draws[slots].sum()
+    p_value = stats.chisquare(draws[slots], probabilities * draws.sum()).pvalue
 
     print(
         f"\n{STEPS} steps, {model._n_updates} training steps, {meter.times_around + buffer.full - 1} wraps of {BUFFER_SIZE} "
-        f"places; memory {memory[early].max():.1f} MB after the first wrap, {memory[late].max():.1f} MB at the end "
+        f"slots; memory {memory[early].max():.1f} MB after the first wrap, {memory[late].max():.1f} MB at the end "
         f"({growth:+.2f} MB); time of a chunk of {CHUNK} steps {np.median(np.array(meter.seconds)[early]):.2f} s early, "
         f"{np.median(np.array(meter.seconds)[late]):.2f} s late, relative to the yardstick {slowdown:+.2%}; priorities "
-        f"{leaves[places].min():.3g} to {leaves[places].max():.3g}, {len(places)} starts, chi-square p = {p_value:.3f}; "
+        f"{leaves[slots].min():.3g} to {leaves[slots].max():.3g}, {len(slots)} starts, chi-square p = {p_value:.3f}; "
         f"process time {time.process_time():.0f} s"
     )
     assert all(th.isfinite(value).all() for value in model.policy.state_dict().values())
-    assert len(np.unique(leaves[places])) > 100, "nothing to tell from uniform sampling"
+    assert len(np.unique(leaves[slots])) > 100, "nothing to tell from uniform sampling"
     assert p_value > 1e-4
     assert meter.times_around >= 5
     if STEPS >= 100_000:  # figures of a short run are no more than noise

@@ -1,5 +1,5 @@
 """
-Studies: every run is made once and none is lost, what fails is told, and evaluations are what they are said to be.
+Studies: every run is made once, none is lost, failures are reported, and evaluations are right.
 """
 
 import csv
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ class TestStudy:
             assert message in capsys.readouterr().err
 
     def test_variants(self):
-        """Precisions by name, as what MRQ chooses by default is a matter of the machine."""
+        """Precisions by name, as the default depends on the machine."""
         for precision in ("float32", "bfloat16"):
             _, (run,) = study.parse(["--tasks", "Pendulum-v1", "--algos", f"mrq-{precision}", *TINY, "--out", "x"])
             command = run.command()
@@ -86,7 +87,7 @@ class TestStudy:
         assert set(theirs) - set(section) == {"env_wrapper", "frame_stack"}
         assert section == {name: theirs[name] for name in section}
         assert study.zoo_section("sac", "ALE/Pong-v5") is None
-        # That of MR.Q is the same, in the configuration of this package
+        # The configuration of this package has the same for MR.Q
         ours = yaml.safe_load((ROOT / "hyperparams" / "mrq.yml").read_text())["atari"]
         assert ours["env_wrapper"] == "sb3_mrq.envs.AtariWrapper" and "frame_stack" not in ours
         run = study.parse(["--tasks", "ALE/Pong-v5", "--algos", algorithm, *TINY, "--out", str(tmp_path)])[1][0]
@@ -102,7 +103,7 @@ class TestStudy:
         assert [run.seed for run in study.parse(arguments)[1]] == [0, 0, 1, 1]
 
     def test_each_run_once(self):
-        """Two runs of one folder would be in each other's way."""
+        """Two runs cannot share a folder."""
         _, runs = study.parse(["--tasks", "Pendulum-v1", "Pendulum-v1", "--algos", "mrq, sac,mrq", *TINY, "--out", "x"])
         assert [run.algorithm for run in runs] == ["mrq", "sac"]
 
@@ -122,7 +123,7 @@ class TestStudy:
 
         def start(command, env, **_):
             started.append(env["PYTHONPATH"])
-            imported = subprocess.run([*command[:3], "--help"], env=env, capture_output=True, text=True)
+            imported = fork_server.run([*command[:3], "--help"], kind="zoo", env=without_parent(env))
             assert "No module named" not in imported.stderr and "not enough values" in imported.stderr
 
         monkeypatch.setattr(study, "start", start)
@@ -170,7 +171,7 @@ class TestStudy:
         folder = tmp_path / "runs" / "mrq-1-step" / "Pendulum-v1" / "seed0"
         assert "n_steps" in next(folder.glob("zoo/**/config.yml")).read_text()
 
-        # Finished ones stay as they are, one that was broken off begins anew
+        # Finished runs are left alone, an interrupted one starts again
         record = tmp_path / "runs" / "sac" / "Pendulum-v1" / "seed0" / "run.json"
         before = record.stat().st_mtime_ns, (folder / "run.json").stat().st_mtime_ns
         record.write_text(json.dumps({"versions": "", "machine": ""}))
@@ -180,7 +181,7 @@ class TestStudy:
         assert len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 6
 
     @pytest.mark.usefixtures("forked")
-    def test_goes_on_where_it_was_broken_off(self, tmp_path, monkeypatch):
+    def test_resumes_an_interrupted_run(self, tmp_path, monkeypatch):
         """A run of MRQ that is killed goes on from its last checkpoint, and its evaluations do too."""
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, KILLED))
@@ -203,7 +204,7 @@ class TestStudy:
         assert not run.can_resume()
 
     @pytest.mark.usefixtures("forked")
-    def test_is_not_finished_without_its_last_evaluation(self, tmp_path, monkeypatch):
+    def test_is_not_finished_without_its_last_training_steps(self, tmp_path, monkeypatch):
         run = study.parse(["--tasks", "Pendulum-v1", *TINY, "--out", str(tmp_path)])[1][0]
         monkeypatch.setattr(study.Run, "command", running_code(study.Run.command, TERMINATED_AT_THE_END))
         assert study.execute(run) is not None
@@ -212,7 +213,7 @@ class TestStudy:
         rows = list(csv.DictReader((run.folder / "evaluations.csv").open()))
         assert [row["step"] for row in rows] == ["0", "20", "40"]
 
-    def test_what_fails_on_this_side_stops_no_other(self, tmp_path, monkeypatch):
+    def test_errors_of_the_study_stop_no_other_run(self, tmp_path, monkeypatch):
         runs = study.parse(["--tasks", "Pendulum-v1", "--algos", "sac,td3", *TINY, "--out", str(tmp_path)])[1]
 
         def execute(run):
@@ -230,7 +231,7 @@ class TestStudy:
         runs[0].folder.mkdir(parents=True)
         (runs[0].folder / "run.json").write_text(json.dumps({"settings": runs[0].settings}))
         assert runs[0].finished() and not runs[1].finished()
-        # Those of a study that wrote down what it ran on
+        # A study that recorded its device
         elsewhere = {**runs[0].settings, "device": "cuda:3"}
         (runs[0].folder / "run.json").write_text(json.dumps({"settings": elsewhere, "versions": "", "machine": ""}))
         assert runs[0].finished() and len(study.finished_runs(tmp_path)) == 1
@@ -334,7 +335,12 @@ class TestStudy:
             study.gpu_share(*of) for of in (("cuda", True), ("cuda:1", True), ("auto", True), ("auto", False), ("cpu", True))
         ]
         assert shares == [0.5, 0.5, 0.5, 0, 0]
-        assert study.gpu_share("cuda", False) == 0.5  # of a cluster that grows where it is needed
+        assert study.gpu_share("cuda", False) == 0.5  # a cluster that grows on demand
+
+
+def without_parent(env):
+    """The environment for a fork, whose parent is the fork server and not the study."""
+    return {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
 
 
 @pytest.fixture
@@ -342,9 +348,7 @@ def forked(monkeypatch):
     """Studies of this process start their runs as forks, see fork_server.py."""
 
     def start(command, *, env, **kwargs):
-        # The parent of a fork is another process, whose end it would take for that of the study
-        env = {name: value for name, value in env.items() if name != study.STUDY_PROCESS}
-        return fork_server.Popen(command, env=env, kind="zoo", **kwargs)
+        return fork_server.Popen(command, env=without_parent(env), kind="zoo", **kwargs)
 
     if fork_server.ENABLED:
         monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
@@ -371,14 +375,13 @@ class TestEnds:
             pytest.importorskip("ray")
         arguments += ["--backend", backend, "--jobs", "1"]
         run = study.parse(arguments)[1][0]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.study", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            # As in the background of a script
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        )
+        command = [sys.executable, "-m", "benchmarks.study", *arguments]
+        # Without SIGINT, as in the background of a script
+        if fork_server.ENABLED and backend == "local":
+            process = fork_server.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, ignore_ctrl_c=True, kind="zoo")
+        else:
+            ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
         # Ray takes its time
         wait_for((run.folder / "evaluations.csv").exists, seconds=60 if backend == "local" else 300)
         yield process, run
@@ -585,7 +588,7 @@ def test_resumed_runs_are_evaluated_on_the_same_episodes(tmp_path):
 @pytest.mark.filterwarnings("ignore:Nothing will be learned")
 @pytest.mark.parametrize("step", [20, 45])
 def test_signal_in_an_evaluation(step, tmp_path):
-    """The evaluation is finished, and not made again where the run goes on."""
+    """The evaluation is finished, and the resumed run does not repeat it."""
     path = tmp_path / "evaluations.csv"
 
     class Ends(SpaceEnv):

@@ -1,5 +1,5 @@
 """
-The training script leaves everything that it promises.
+The training script writes everything that it promises.
 """
 
 import json
@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 
 
 def train(folder: Path, env_id: str, steps: int, **environment: str) -> str:
-    """Run the script with evaluations and all, and return what it prints. tests/test_readme.py starts it as a user does."""
+    """Run the script in a fork and return its output. tests/test_readme.py runs it in a real process."""
     command = [sys.executable, str(SCRIPT), "--env", env_id, "--steps", str(steps), "--seed", "3", "--out", str(folder)]
     result = fork_server.run(command, cwd=folder.parent, env=os.environ | environment)
     assert result.returncode == 0, result.stderr

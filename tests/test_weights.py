@@ -34,7 +34,7 @@ def test_the_same_policy(space, name, tmp_path, monkeypatch):
     assert (other.reward_scale, other.target_reward_scale) == (model.reward_scale, model.target_reward_scale)
     obs = SpaceEnv(space).observation_space.sample()
     np.testing.assert_array_equal(other.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
-    # What learns is what was loaded
+    # The loaded weights learn
     other.learn(20)
     assert not same(snapshot(other.policy), snapshot(model.policy))
 
@@ -97,7 +97,7 @@ def test_other_files(tmp_path):
     (tmp_path / "short").write_bytes(data[:-5])
     (tmp_path / "pickle").write_bytes(pickle.dumps(model.policy.state_dict()))
     safetensors.torch.save_file({"a": th.zeros(2)}, tmp_path / "other")
-    for name, match in (("short", "cannot be read"), ("pickle", "cannot be read"), ("other", "does not hold weights")):
+    for name, match in (("short", "cannot be read"), ("pickle", "cannot be read"), ("other", "does not contain weights")):
         with pytest.raises(ValueError, match=match):
             load_weights(model, tmp_path / name)
     with pytest.raises(FileNotFoundError):

@@ -160,7 +160,7 @@ class TestSchedules:
         experiment = manager(tmp_path, hyperparams={"encoder_learning_rate": value, **SMALL}, eval_freq=-1)
         model, saved = experiment.setup_experiment()
         assert model.encoder_lr_schedule(0.5) == pytest.approx(at_half)
-        # What is saved is what was written
+        # Saved as it was given
         assert saved["encoder_learning_rate"] == value
 
     @pytest.mark.parametrize("value", ["cos_1e-4", "lin_fast", "fast", "lin_-1", "lin_nan"])
@@ -198,7 +198,7 @@ class TestContinuing:
         assert model.replay_buffer.size() == 60
         experiment.learn(model)
         assert model._n_updates == 20 + 15
-        # The model keeps what it was made with
+        # The model keeps its own value
         assert model.learning_starts == 40
 
     def test_rest_of_the_warm_up(self, run, tmp_path):
@@ -231,7 +231,7 @@ class TestContinuing:
 
 class TestSearch:
     def test_sampled_hyperparameters_fit(self):
-        """What is drawn goes to MRQ as it is, and covers the ranges."""
+        """Sampled hyperparameters are arguments of MRQ, and cover the ranges."""
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         drawn = []
         for _ in range(200):
@@ -255,7 +255,7 @@ class TestSearch:
         defaults = {name: parameter.default for name, parameter in inspect.signature(MRQ.__init__).parameters.items()}
         for name in drawn[0]:
             values = [hyperparams[name] for hyperparams in drawn]
-            # The default lies inside of what is searched
+            # The default lies inside of the searched range
             assert min(values) < defaults[name] < max(values), name
         for hyperparams in drawn[:5]:
             MRQ("MlpPolicy", "Pendulum-v1", policy_kwargs=SMALL["policy_kwargs"], **hyperparams)

@@ -104,7 +104,7 @@ def test_normalised_run_is_not_resumed_without(trained, config, tmp_path):
     section = yaml.safe_load(config.read_text())["Pendulum-v1"] | {"normalize": False}
     other = tmp_path / "other.yml"
     other.write_text(yaml.safe_dump({"Pendulum-v1": section}))
-    with pytest.raises(ConfigurationError, match="give it 'normalize: true' as it had"):
+    with pytest.raises(ConfigurationError, match="set 'normalize: true', as in that run"):
         train(other, tmp_path, "-i", str(trained))
 
 

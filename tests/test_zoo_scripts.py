@@ -1,9 +1,11 @@
 """
-rl-zoo3's scripts through the command line, each in a process of its own. Most are forks, see fork_server.py.
+rl-zoo3's scripts through the command line, with discrete actions, each in its own process. Most are forks, see fork_server.py.
+tests/test_readme.py runs the commands of the README, with continuous actions, and the installed command.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,6 @@ from pathlib import Path
 import fork_server
 import imageio_ffmpeg
 import numpy as np
-import pandas as pd
 import pytest
 
 from sb3_mrq import MRQ
@@ -26,21 +27,34 @@ SMALL = [
     "policy_kwargs:dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_sa_dim=8, z_a_dim=4)",
 ]
 FAST = ["--num-threads", "1", "--device", "cpu"]
+ENV_ID = "CartPole-v1"
+# The command line, with the scripts that a script starts as forks too
+FORKED_CHILDREN = """
+import os, shlex, subprocess, sys
+from sb3_mrq.zoo.cli import main
+call, fork = subprocess.call, shlex.split(os.environ["FORK_ZOO"])
+subprocess.call = lambda command, **kwargs: call([*fork, *command] if command[0] == sys.executable else command, **kwargs)
+main()
+"""
 
 
-def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.environ, fork=True, **variables):
-    """Run a script in a folder; its result, whatever that is. In a real process where a fork will not do."""
+def call(folder, *arguments, command=("-m", "sb3_mrq.zoo"), environment=os.environ, fork="zoo", **variables):
+    """
+    Run a script in a folder and return the result.
+
+    :param fork: kind of fork, None for a real process
+    """
     command = [sys.executable, *command, *map(str, arguments)]
     environment = {**environment, **variables}
     if "PYTHONPATH" in variables and "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
-    if fork:
-        return fork_server.run(command, kind="zoo", cwd=folder, env=environment)
+    if fork is not None:
+        return fork_server.run(command, kind=fork, cwd=folder, env=environment)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def zoo(folder, *arguments, **environment):
-    """Run a script in a folder; what it prints."""
+    """Run a script in a folder and return its output."""
     result = call(folder, *arguments, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -50,102 +64,82 @@ def n_frames(video):
     return imageio_ffmpeg.count_frames_and_secs(str(video))[0]
 
 
-@pytest.fixture(scope="module", params=["Pendulum-v1", "CartPole-v1"])
-def env_id(request):
-    """A task with continuous and one with discrete actions."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, env_id):
-    """Where a short training run was made."""
-    folder = tmp_path_factory.mktemp(env_id)
+def folder(tmp_path_factory):
+    """Folder of a short training run."""
+    folder = tmp_path_factory.mktemp(ENV_ID)
     zoo(
         folder,
-        *("train", "--algo", "mrq", "--env", env_id, "-n", 400, "--eval-freq", 100, "--eval-episodes", 2, *FAST),
+        *("train", "--algo", "mrq", "--env", ENV_ID, "-n", 400, "--eval-freq", 100, "--eval-episodes", 2, *FAST),
         *("--save-freq", 200, "--save-replay-buffer", "--seed", 1, *SMALL),
     )
     return folder
 
 
 class TestOneTask:
-    def test_train(self, folder, env_id):
-        run = folder / "logs" / "mrq" / f"{env_id}_1"
+    def test_train(self, folder):
+        run = folder / "logs" / "mrq" / f"{ENV_ID}_1"
         files = {path.name for path in run.iterdir()}
         expected = {"best_model.zip", "evaluations.npz", "rl_model_200_steps.zip", "rl_model_400_steps.zip", "0.monitor.csv"}
-        assert files >= expected | {f"{env_id}.zip", "replay_buffer.pkl"}
+        assert files >= expected | {f"{ENV_ID}.zip", "replay_buffer.pkl"}
         evaluations = np.load(run / "evaluations.npz")
         assert evaluations["timesteps"].tolist() == [100, 200, 300, 400]
         assert evaluations["results"].shape == (4, 2)
-        model = MRQ.load(run / f"{env_id}.zip", device="cpu")
+        model = MRQ.load(run / f"{ENV_ID}.zip", device="cpu")
         assert (model.num_timesteps, model._n_updates, model.seed) == (400, 300, 1)
 
-    def test_continue(self, folder, env_id):
-        agent = folder / "logs" / "mrq" / f"{env_id}_1" / f"{env_id}.zip"
+    def test_continue(self, folder):
+        agent = folder / "logs" / "mrq" / f"{ENV_ID}_1" / f"{ENV_ID}.zip"
         zoo(
             folder,
-            *("train", "--algo", "mrq", "--env", env_id, "-i", agent, "-n", 50, "--eval-freq", -1, *FAST),
+            *("train", "--algo", "mrq", "--env", ENV_ID, "-i", agent, "-n", 50, "--eval-freq", -1, *FAST),
             *("-f", "continued"),
         )
-        model = MRQ.load(folder / "continued" / "mrq" / f"{env_id}_1" / f"{env_id}.zip", device="cpu")
+        model = MRQ.load(folder / "continued" / "mrq" / f"{ENV_ID}_1" / f"{ENV_ID}.zip", device="cpu")
         # Trained at every step: the warm-up was in the replay buffer
         assert (model.num_timesteps, model._n_updates) == (50, 350)
 
-    def test_enjoy(self, folder, env_id):
-        # One episode of Pendulum takes 200 steps, one of CartPole 500 at most
-        arguments = ["enjoy", "--algo", "mrq", "--env", env_id, "-f", "logs", "--no-render", "-n", 600, *FAST]
+    def test_enjoy(self, folder):
+        # An episode takes 500 steps at most
+        arguments = ["enjoy", "--algo", "mrq", "--env", ENV_ID, "-f", "logs", "--no-render", "-n", 600, *FAST]
         for which in (["--load-best"], ["--load-checkpoint", 200], ["--load-last-checkpoint"]):
             output = zoo(folder, *arguments, *which)
             assert re.search(r"Mean reward: -?\d+\.\d+ \+/- \d+\.\d+", output)
             name = {"--load-best": "best_model", "--load-checkpoint": "rl_model_200_steps"}.get(which[0], "rl_model_400_steps")
-            assert f"Loading logs/mrq/{env_id}_1/{name}.zip" in output
+            assert f"Loading logs/mrq/{ENV_ID}_1/{name}.zip" in output
 
-    def test_record_video(self, folder, env_id):
-        zoo(folder, "record_video", "--algo", "mrq", "--env", env_id, "-f", "logs", "-n", 30)
-        (video,) = (folder / "logs" / "mrq" / f"{env_id}_1" / "videos").glob("*.mp4")
+    def test_record_video(self, folder):
+        zoo(folder, "record_video", "--algo", "mrq", "--env", ENV_ID, "-f", "logs", "-n", 30)
+        (video,) = (folder / "logs" / "mrq" / f"{ENV_ID}_1" / "videos").glob("*.mp4")
         assert n_frames(video) >= 30
 
-    def test_plots(self, folder, env_id):
+    def test_plots(self, folder):
         figures = folder / "figures"
         figures.mkdir()
         environment = dict(MPLBACKEND="module://save_figures_backend", PYTHONPATH=str(HERE), FIGURES=str(figures))
         # Two runs of an algorithm are the least that plot_from_file takes
         runs = folder / "two" / "mrq"
         for number in (1, 2):
-            shutil.copytree(folder / "logs" / "mrq" / f"{env_id}_1", runs / f"{env_id}_{number}")
-        episodes = sum(1 for _ in (runs / f"{env_id}_1" / "0.monitor.csv").open()) - 2
+            shutil.copytree(folder / "logs" / "mrq" / f"{ENV_ID}_1", runs / f"{ENV_ID}_{number}")
+        episodes = sum(1 for _ in (runs / f"{ENV_ID}_1" / "0.monitor.csv").open()) - 2
 
-        output = zoo(folder, "plot_train", "-a", "mrq", "-e", env_id, "-f", "two", "-w", 1, **environment)
+        output = zoo(folder, "plot_train", "-a", "mrq", "-e", ENV_ID, "-f", "two", "-w", 1, **environment)
         assert f"figure 1: points of its lines [{episodes}, {episodes}]" in output
 
-        arguments = ["-a", "mrq", "-e", env_id, "-f", "two", "--no-million"]
+        arguments = ["-a", "mrq", "-e", ENV_ID, "-f", "two", "--no-million"]
         output = zoo(folder, "all_plots", *arguments, "-o", "results", **environment)
         assert "figure 1: points of its lines [4]" in output
-        assert re.search(rf"\|{env_id} *\| *-?\d", output)
+        assert re.search(rf"\|{ENV_ID} *\| *-?\d", output)
 
         output = zoo(folder, "plot_from_file", "-i", "results.pkl", "-o", "curve.png", "--format", "png", **environment)
         assert "points of its lines [4]" in output
         assert (folder / "curve.png").stat().st_size > 5000
         assert len(list(figures.iterdir())) >= 3
 
-    def test_optimize(self, folder, env_id):
-        """Two workers, one after the other, share a study."""
-        for _ in range(2):
-            zoo(
-                folder,
-                *("train", "--algo", "mrq", "--env", env_id, "-optimize", "-n", 130, "--n-trials", 1, *FAST, "-f", "search"),
-                *("--storage", "search/journal.log", "--study-name", "mrq", "--no-optim-plots", "--eval-episodes", 1),
-                *("--n-evaluations", 1, *SMALL[:2], *SMALL[3:]),
-            )
-        reports = sorted((folder / "search" / "mrq").glob("report_*.csv"), key=lambda path: path.stat().st_mtime)
-        trials = pd.read_csv(reports[-1])
-        assert trials["state"].tolist() == ["COMPLETE", "COMPLETE"]
-        assert trials["params_encoder_horizon"].between(1, 8).all()
-
 
 @pytest.fixture(scope="module")
 def visual(tmp_path_factory):
-    """A few random steps in a task with a slash in its name, in worker processes, without saying how to render."""
+    """A few random steps in a task with a slash in its id, in worker processes, without MUJOCO_GL."""
     folder = tmp_path_factory.mktemp("visual")
     environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
     zoo(
@@ -158,7 +152,7 @@ def visual(tmp_path_factory):
 
 
 def test_video_of_mujoco(tmp_path, monkeypatch):
-    """Without a display, and without saying how to render."""
+    """Without a display, and without MUJOCO_GL."""
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     arguments = ["--algo", "mrq", "--env", "InvertedPendulum-v5"]
     zoo(tmp_path, "train", *arguments, "-n", 20, "--eval-freq", -1, *FAST)
@@ -172,8 +166,14 @@ def test_subproc(visual):
     assert model.observation_space.shape == (9, 84, 84)
 
 
+def forked_children():
+    """Arguments of ``zoo`` for scripts that start other scripts."""
+    return {"command": ("-c", FORKED_CHILDREN), "FORK_ZOO": shlex.join(fork_server.shell_command("zoo"))}
+
+
 def test_record_training(visual):
-    zoo(visual, "record_training", "--algo", "mrq", "--env", "dmc-visual/cartpole-balance-v0", "-f", "logs", "-n", 12)
+    arguments = ["--algo", "mrq", "--env", "dmc-visual/cartpole-balance-v0", "-f", "logs", "-n", 12]
+    zoo(visual, "record_training", *arguments, **forked_children())
     videos = visual / "logs" / "mrq" / "dmc-visual-cartpole-balance-v0_1" / "videos"
     names = sorted(path.name for path in videos.glob("*.mp4"))
     assert "training.mp4" in names
@@ -182,7 +182,8 @@ def test_record_training(visual):
 
 
 def test_benchmark(visual):
-    zoo(visual, "benchmark", "--log-dir", "logs", "--benchmark-dir", "bench", "-n", 600, "--no-hub", "--num-threads", 1)
+    arguments = ["--log-dir", "logs", "--benchmark-dir", "bench", "-n", 600, "--no-hub", "--num-threads", 1]
+    zoo(visual, "benchmark", *arguments, **forked_children())
     (row,) = [line for line in (visual / "benchmark.md").read_text().splitlines() if "cartpole" in line]
     algo, task, mean, _, trained, steps, episodes = [cell.strip() for cell in row.strip("|").split("|")]
     assert (algo, task, trained) == ("mrq", "dmc-visual-cartpole-balance-v0", "500k")
@@ -221,7 +222,7 @@ def test_watching_atari_takes_little_memory(tmp_path):
     arguments = ["--algo", "mrq", "--env", "ALE/Pong-v5", *FAST]
     zoo(tmp_path, "train", *arguments, "-n", 20, "--eval-freq", -1)
     command = ("-c", "from sb3_mrq.zoo.cli import main; main(); print(open('/proc/self/status').read())")
-    output = zoo(tmp_path, "enjoy", *arguments, "-f", "logs", "--no-render", "-n", 200, command=command, fork=False)
+    output = zoo(tmp_path, "enjoy", *arguments, "-f", "logs", "--no-render", "-n", 200, command=command, fork=None)
     peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", output)[1])
     assert peak_kb * 1024 < 1e9
 
@@ -256,15 +257,14 @@ def without(folder, *modules):
 
 def test_without_rl_zoo3(tmp_path):
     environment = without(tmp_path, "rl_zoo3")
-    assert call(tmp_path, command=("-c", "import sb3_mrq"), fork=False, **environment).returncode == 0
-    result = call(tmp_path, "train", fork=False, **environment)
+    result = call(tmp_path, "train", fork=None, **environment)
     assert result.returncode != 0
     assert 'pip install "sb3-mrq[zoo]"' in result.stderr.splitlines()[-1]
 
 
 def test_without_what_plots_need(tmp_path):
     arguments = ["-a", "mrq", "-e", "Pendulum-v1", "-f", "logs"]
-    result = call(tmp_path, "plot_train", *arguments, fork=False, **without(tmp_path, "seaborn"))
+    result = call(tmp_path, "plot_train", *arguments, fork="scripts", **without(tmp_path, "seaborn"))
     assert result.stderr.splitlines()[-1] == (
         'sb3-mrq plot_train: error: seaborn is not installed. Install it with: pip install "sb3-mrq[zoo]"'
     )
@@ -272,23 +272,18 @@ def test_without_what_plots_need(tmp_path):
 
 def test_atari_without_ale_py(tmp_path):
     arguments = ["--algo", "mrq", "--env", "ALE/Pong-v5", "-n", "10"]
-    result = call(tmp_path, "train", *arguments, fork=False, **without(tmp_path, "ale_py"))
+    result = call(tmp_path, "train", *arguments, fork="scripts", **without(tmp_path, "ale_py"))
     assert result.returncode != 0
     assert 'pip install "sb3-mrq[atari]"' in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
 def test_usage(tmp_path):
-    result = call(tmp_path, "--help", fork=False)
-    assert result.returncode == 0
+    result = call(tmp_path, "--help")
+    assert result.returncode == 0 and "usage: sb3-mrq" in result.stdout
     for script in ("train", "enjoy", "record_video", "record_training", "plot_train", "all_plots", "plot_from_file"):
         assert script in result.stdout
     assert call(tmp_path).returncode == 2
     for script in ("push_to_hub", "load_from_hub"):
         result = call(tmp_path, script, "--help")
         assert result.returncode == 0 and "mrq" in result.stdout
-
-
-def test_console_script():
-    result = subprocess.run([str(Path(sys.executable).parent / "sb3-mrq"), "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and "usage: sb3-mrq" in result.stdout

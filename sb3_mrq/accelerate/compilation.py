@@ -1,5 +1,5 @@
 """
-``torch.compile`` with a way back.
+``torch.compile`` with a fallback.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 class CompiledFunction:
     """
-    A function compiled by ``torch.compile`` when it is first called. If compiling fails, for example because there is no C++
-    compiler, the function itself is called from then on.
+    Function that ``torch.compile`` compiles at the first call. If compiling fails, for example without a C++ compiler, the
+    uncompiled function is used.
 
-    :param function: from tensors to tensors
-    :param give_up: called with the error if compiling fails
-    :param trial: context of the first call, which only finds out whether it works
+    :param function: function from tensors to tensors
+    :param on_failure: called with the error if compiling fails
+    :param trial: context of the call that compiles the function, whose outputs are discarded
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
-        give_up: Callable[[Exception], None],
+        on_failure: Callable[[Exception], None],
         trial: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.function = function
-        self.give_up = give_up
+        self.on_failure = on_failure
         self.trial = trial
         self.compiled: Callable[..., Any] | None = None
 
@@ -40,37 +40,37 @@ class CompiledFunction:
             try:
                 return self.compiled(*args)
             except Exception as error:
-                # Compiled anew for what has changed, perhaps; an error of a user's network comes again
+                # Recompiling for changed inputs may have failed. An error of the function itself is raised again here.
                 outputs = self.function(*args)
-                self.give_up(error)
+                self.on_failure(error)
                 return outputs
 
     @staticmethod
     def _settings() -> contextlib.AbstractContextManager:
-        # Imported late: it takes a second, and most models never compile
+        # Imported here, as it takes a second and most models never compile
         from torch._dynamo import config
 
-        # Models of a kind share what is compiled. Hooks on networks count, also those that were added later, or to another one
-        # of the models. There is a variant for every kind and for every value of what counts as a constant; beyond the limit
-        # torch would run them uncompiled without saying so.
+        # Models with the same code share compiled code. Guards on hooks detect hooks that are added to one of them later.
+        # There is a variant for each kind of model and for each value of a constant. Beyond the limit, torch would run the
+        # function uncompiled without a warning.
         return config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64, fail_on_recompile_limit_hit=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is compiled works on the networks of the original, also in a copy
+        # Compiled code refers to the networks of the original, so a copy must compile again
         return self.__dict__ | {"compiled": None}
 
     def _compile(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         try:
             with warnings.catch_warnings():
-                # Raised inside torch
+                # From code of torch
                 warnings.simplefilter("ignore", DeprecationWarning)
                 compiled = th.compile(self.function, dynamic=False)
                 outputs = compiled(*args)
-                # The backward pass is compiled when it is first run
+                # The first backward pass compiles it
                 differentiable = [output for output in tree_leaves(outputs) if output.requires_grad]
                 if differentiable:
                     differentiable[0].sum().backward()
         except Exception as error:
-            self.give_up(error)
+            self.on_failure(error)
             return self.function
         return compiled

@@ -1,5 +1,5 @@
 """
-A copy of the replay buffer on a device, from which batches are sampled there.
+A copy of the replay buffer on a device, for sampling on the device.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,20 @@ from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.buffers.slots import Slots
 
-# What becomes of the priority of a slot that has changed
+# New priority of a slot that has changed: unchanged, zero, or the largest priority
 KEEP, ZERO, MAX = 0, 1, 2
 
 
 class DeviceCopy:
     """
-    All slots of a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` on a device, with their priorities, frame stacks as
-    single frames. The buffer goes on storing transitions in the host's memory and tells which slots change; before the next
-    batch these go to the device in one copy. Sampling and the new priorities of a batch are work of the device alone, with
-    static shapes, so that they can be captured as CUDA graphs.
+    Copy of all slots and priorities of a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` on a device. Frame stacks are
+    stored as single frames. The buffer still stores transitions in host memory, and marks slots that have changed; before the
+    next batch, these are copied to the device in one transfer. Sampling and updating priorities only use the device, with
+    static shapes, so they can be captured as CUDA graphs.
 
-    :param buffer: with at least one transition
-    :param device: with room for ``size_of(buffer)`` bytes
-    :raises CaptureError: for types of observations that torch stores, but hardly computes with
+    :param buffer: a replay buffer with at least one transition
+    :param device: a device with at least ``size_of(buffer)`` bytes of free memory
+    :raises CaptureError: if torch does not support computing with the dtype of an array
     """
 
     def __init__(self, buffer: SubtrajectoryReplayBuffer, device: th.device):
@@ -34,19 +34,19 @@ class DeviceCopy:
         self._host = buffer.arrays()
         for name, array in self._host.items():
             if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-                raise CaptureError(f"{name} are of the type {array.dtype}.")
+                raise CaptureError(f"The dtype {array.dtype} of {name} is not supported on a device.")
         self._n_slots = len(self._host["rewards"])
-        # Padding of a copy of few slots is written here, after the last slot and the frame of zeros
-        self._nowhere = self._n_slots + 1
-        self.priorities = buffer.priorities_class(self._nowhere + 1, device)
+        # Additional slot, after the last slot and the frame of zeros, to which the padding of a chunk is written
+        self._padding_slot = self._n_slots + 1
+        self.priorities = buffer.priorities_class(self._padding_slot + 1, device)
         arrays = {name: self._upload(array, self.priorities.arrays().get(name)) for name, array in self._host.items()}
         self.slots = Slots(arrays, buffer.observation_shapes(), buffer.buffer_size, buffer.n_envs)
         self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
         self.priorities.advance(buffer.n_added)
         self.priorities.leaves[: self._n_slots].copy_(buffer.priorities())
-        self.priorities.rebuild(0, self._nowhere + 1)
+        self.priorities.rebuild(0, self._padding_slot + 1)
 
-        # A step of one environment changes four slots at most times
+        # A step of an environment usually changes at most four slots
         self._n_staged = 8 * (1 + buffer.n_envs)
         self._staging = Staging(
             {
@@ -62,7 +62,7 @@ class DeviceCopy:
         buffer.attach_copy(self)
 
     def close(self) -> None:
-        """Free the memory on the device, which graphs that refer to it would keep."""
+        """Free the memory on the device, even if graphs still refer to this object."""
         self.slots.arrays.clear()
         self.write = self._write_staged
         del self.priorities, self._staging
@@ -71,22 +71,24 @@ class DeviceCopy:
     def size_of(buffer: SubtrajectoryReplayBuffer) -> int:
         """
         :param buffer: a replay buffer
-        :return: bytes that its copy takes
+        :return: size of its copy in bytes
         """
         arrays = buffer.arrays()
         return sum(array.nbytes for array in arrays.values()) + 8 * len(arrays["rewards"])
 
     def _upload(self, array: np.ndarray, copy: th.Tensor | None) -> th.Tensor:
         """
-        :param array: of the host
-        :param copy: where to, a new tensor if None
-        :return: the array with room for ``_nowhere``, on the device; only pages that have been written to are read
+        Copy an array to the device, extended by ``_padding_slot``. Only memory pages that have been written to are read.
+
+        :param array: array on the host
+        :param copy: tensor to copy to, a new one if None
+        :return: the tensor
         """
         n = len(array)
         if not self._buffer.full and self._buffer.n_envs == 1:
             n = min(n, self._buffer.pos + 1)
         if copy is None:
-            shape = (self._nowhere + 1, *array.shape[1:])
+            shape = (self._padding_slot + 1, *array.shape[1:])
             copy = th.zeros(shape, dtype=th.from_numpy(array[:0]).dtype, device=self.device)
         copy[:n].copy_(th.from_numpy(array[:n]))
         return copy
@@ -94,28 +96,28 @@ class DeviceCopy:
     def is_current(self, buffer: SubtrajectoryReplayBuffer) -> bool:
         """
         :param buffer: a replay buffer
-        :return: whether this is a copy of the arrays in which it stores observations now
+        :return: whether this is a copy of the current arrays of this buffer
         """
         arrays = buffer.arrays()
         return arrays.keys() == self._host.keys() and all(arrays[name] is array for name, array in self._host.items())
 
     def mark(self, slots: np.ndarray, activated: bool = False) -> None:
         """
-        Note that slots have changed on the host.
+        Mark slots that have changed on the host.
 
         :param slots: (n,)
-        :param activated: whether they can be sampled from now on, at the largest priority
+        :param activated: whether they can now be sampled, with the largest priority
         """
         self._marked.append(slots)
         if activated:
             self._activated.append(slots)
         if len(self._marked) > 1000:
-            # Many steps without training
+            # Bounds the memory during many steps without training
             self._marked = [np.unique(np.concatenate(self._marked))]
             self._activated = [np.unique(np.concatenate(self._activated))] if self._activated else []
 
     def flush(self) -> None:
-        """Copy what has changed on the host."""
+        """Copy slots that have changed on the host to the device."""
         if not self._marked:
             return
         slots = np.unique(np.concatenate(self._marked))
@@ -129,7 +131,7 @@ class DeviceCopy:
             n = len(chunk)
             staged = self._staging.begin()
             staged["slots"][:n] = chunk
-            staged["slots"][n:] = self._nowhere
+            staged["slots"][n:] = self._padding_slot
             staged["priorities"][:n] = changes[start : start + n]
             staged["priorities"][n:] = ZERO
             for name, array in self._host.items():
@@ -138,7 +140,7 @@ class DeviceCopy:
             try:
                 self.write()
             except CaptureError:
-                # Nothing must be lost. If this cannot be captured the updates cannot either, and say so.
+                # No change may be lost. If this cannot be captured, neither can the updates, which then raise the error.
                 self.write = self._write_staged
                 self.write()
 
@@ -154,7 +156,7 @@ class DeviceCopy:
     def read_priorities(self, slots: np.ndarray) -> tuple[th.Tensor, float]:
         """
         :param slots: (n,)
-        :return: their priorities on the device, on the host (n,), and the largest one ever assigned
+        :return: priorities on the device as a host tensor (n,), and the largest priority ever assigned
         """
         self.flush()
         return self.priorities.get(th.from_numpy(slots).to(self.device)).cpu(), float(self.max_priority)
@@ -162,43 +164,43 @@ class DeviceCopy:
     def write_priorities(self, slots: np.ndarray, priorities: th.Tensor, max_priority: float) -> None:
         """
         :param slots: (n,)
-        :param priorities: their new priorities, on the host (n,)
-        :param max_priority: the largest one ever assigned
+        :param priorities: new priorities, on the host, (n,)
+        :param max_priority: largest priority ever assigned
         """
         self.priorities.set(th.from_numpy(slots).to(self.device), priorities.to(self.device))
         self.max_priority.fill_(max_priority)
 
     def update_priorities(self, indices: th.Tensor, priorities: th.Tensor) -> None:
         """
-        :param indices: ``indices`` of a sample, since which nothing was added, (B,)
-        :param priorities: positive, (B,)
+        :param indices: ``indices`` of a batch, which must still be stored, (B,)
+        :param priorities: new priorities, positive, (B,)
         """
-        # After training has diverged, samples must still be slots until the error is raised
+        # After training has diverged, indices must be valid until the error is raised
         priorities = priorities.nan_to_num(nan=1.0)
         self.priorities.set(indices, priorities)
         th.maximum(self.max_priority, priorities.amax().to(self.max_priority.dtype), out=self.max_priority)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:
         """
-        As ``SubtrajectoryReplayBuffer.sample``, of what the buffer held at the last ``flush``.
+        Like ``SubtrajectoryReplayBuffer.sample``, from the contents at the last ``flush``.
 
         :param batch_size: Number of sub-trajectories
-        :param env: not used, ``VecNormalize`` works on the host
+        :param env: unused, as ``VecNormalize`` is not supported on a device
         :return: the sub-trajectories
         """
         return self._buffer.read(self.slots, self._draw(batch_size), self._buffer.horizon)
 
     def sample_n_step(self, batch_size: int, env: VecNormalize | None = None) -> NStepSamples:
         """
-        As ``SubtrajectoryReplayBuffer.sample_n_step``, of what the buffer held at the last ``flush``.
+        Like ``SubtrajectoryReplayBuffer.sample_n_step``, from the contents at the last ``flush``.
 
         :param batch_size: Number of transitions
-        :param env: not used, ``VecNormalize`` works on the host
+        :param env: unused, as ``VecNormalize`` is not supported on a device
         :return: the transitions
         """
         return self._buffer.read_n_step(self.slots, self._draw(batch_size))
 
     def _draw(self, batch_size: int) -> th.Tensor:
-        # After training has diverged, priorities may be not numbers. An index beyond the slots would end the device's context,
-        # and with it the chance to raise an error.
+        # After training has diverged, priorities may be NaN. An index out of range would make the CUDA context unusable before
+        # an error can be raised.
         return self.priorities.sample(batch_size).clamp_max(self._n_slots - 1)

@@ -1,5 +1,5 @@
 """
-Functions recorded once as CUDA graphs and replayed, so that the host has nothing to do but start them.
+Functions that are captured once as CUDA graphs and replayed, with little work for the host.
 """
 
 import contextlib
@@ -13,29 +13,27 @@ import torch as th
 
 class CaptureError(RuntimeError):
     """
-    A function cannot be captured as a graph. Nothing of what it does has been done.
+    A function cannot be captured as a CUDA graph. The call that raised this had no effect.
     """
 
 
 class Graph:
     """
-    A function of no arguments that works on tensors which stay where they are. On a CUDA device its first calls run as they
-    are, on a stream of their own; one is then captured, and from there on all calls replay what was captured. On other devices
-    every call runs as it is.
+    A function without arguments that works on tensors at fixed addresses. On a CUDA device, the first calls run normally, on a
+    side stream. Then the function is captured, and later calls replay the graph. On other devices, every call runs normally.
 
-    What a graph has captured knows nothing of numbers or tensors that change their place: a learning rate must be a tensor, a
-    loaded optimiser needs a new graph. See ``watch``.
+    A graph contains Python numbers and tensor addresses as constants. A learning rate must therefore be a tensor, and a loaded
+    optimiser needs a new graph, see ``watch``.
 
-    :param function: what to capture. It must not wait for the device. Its outputs are tensors, or nested tuples of them, that
-        the next call overwrites.
-    :param device: where its tensors are
-    :param watch: what must stay as it was when the function was captured, anything that compares: where it differs, ``check``
-        throws the graph away
+    :param function: function to capture. It must not wait for the device. Its outputs are tensors, or nested tuples of
+        tensors, which the next call overwrites.
+    :param device: device of its tensors
+    :param watch: returns the constants of the graph. If they have changed since capturing, ``check`` discards the graph.
     :raises CaptureError: when called, if the function cannot be captured
     """
 
-    # Calls that run as they are before one is captured: libraries set themselves up, and optimisers make their state. The last
-    # one is watched: what waits for the device then would fail when it is captured.
+    # Calls before capturing, in which libraries are initialised and optimisers create their state. The last one detects
+    # operations that wait for the device, which would make capturing fail.
     WARM_UP = 3
 
     def __init__(self, function: Callable[[], Any], device: th.device, watch: Callable[[], Any] = lambda: None):
@@ -45,7 +43,7 @@ class Graph:
         self.reset()
 
     def reset(self) -> None:
-        """Throw the graph away, if there is one, and begin anew."""
+        """Discard the graph, and start again with warm-up calls."""
         self._calls = 0
         self._host_sync: str | None = None
         self._replay: Callable[[], None] | None = None
@@ -54,12 +52,12 @@ class Graph:
 
     @property
     def captured(self) -> bool:
-        """Whether calls replay what was captured."""
+        """Whether calls replay a graph."""
         return self._replay is not None
 
     def check(self) -> bool:
         """
-        :return: whether what was captured is still right, if something was; otherwise it is thrown away
+        :return: False if the graph was outdated and has been discarded
         """
         if self._replay is None or self._watched == self.watch():
             return True
@@ -70,9 +68,9 @@ class Graph:
         if self._replay is None:
             if self._calls < self.WARM_UP or not self.can_capture(self.device):
                 self._calls += 1
-                return self._run(watched=self._calls == self.WARM_UP)
+                return self._warm_up(detect_sync=self._calls == self.WARM_UP)
             if self._host_sync is not None:
-                raise CaptureError(f"What waits for the device cannot be captured: {self._host_sync}")
+                raise CaptureError(f"An operation that waits for the device cannot be captured: {self._host_sync}")
             try:
                 with on_device(self.device):
                     self._replay, self._outputs = self.capture(self.function)
@@ -82,14 +80,14 @@ class Graph:
         self._replay()
         return self._outputs
 
-    def _run(self, watched: bool) -> Any:
+    def _warm_up(self, detect_sync: bool) -> Any:
         if self.device.type != "cuda":
             return self.function()
-        # Work that is captured later must not have run on the default stream
+        # Work that is captured later must not run on the default stream before
         stream = side_stream(self.device)
         stream.wait_stream(th.cuda.current_stream(self.device))
         with on_device(self.device), th.cuda.stream(stream):
-            if watched:
+            if detect_sync:
                 outputs, self._host_sync = detect_host_sync(self.function)
             else:
                 outputs = self.function()
@@ -107,14 +105,14 @@ class Graph:
     @staticmethod
     def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """
-        Record a function on the current CUDA device, without doing what it does. If that fails the device is left as it was:
-        ``torch.cuda.graph`` by itself would leave its stream the current one, and before torch 2.13 the random generator as if
-        it was still captured.
+        Capture a function on the current CUDA device, without executing it. An error leaves the device in a usable state.
+        After a failure, ``torch.cuda.graph`` alone would leave its stream the current one and, before torch 2.13, the random
+        generator in capture mode.
 
         :param function: as in the constructor
-        :return: what replays it, and its outputs
+        :return: function that replays the graph, and outputs of the graph
         """
-        # Graphs and memory that are no longer used must not be given back while another is captured
+        # Unused graphs and memory must not be freed during the capture
         gc.collect()
         graph = th.cuda.CUDAGraph()
         stream = side_stream(th.device("cuda", th.cuda.current_device()))
@@ -123,10 +121,10 @@ class Graph:
             with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 outputs = function()
         except BaseException:
-            # Kept, since torch's allocator may refer to it
+            # Kept, as the allocator of torch may refer to it
             _failed.append(graph)
             th.cuda.set_stream(before)
-            # A capture that succeeds ends what the one that failed has begun
+            # A successful capture ends the capture mode of the random generator
             with contextlib.suppress(RuntimeError), th.cuda.graph(th.cuda.CUDAGraph(), stream=th.cuda.Stream()):
                 th.zeros((), device="cuda")
             th.cuda.set_stream(before)
@@ -141,7 +139,7 @@ _side_streams: dict[int, Any] = {}
 def side_stream(device: th.device) -> Any:
     """
     :param device: a CUDA device
-    :return: the one stream there on which functions warm up and are captured; each stream has memory of its own
+    :return: stream for warming up and capturing, the same for all graphs, as each stream has its own memory pool
     """
     index = th.cuda.current_device() if device.index is None else device.index
     if index not in _side_streams:
@@ -152,15 +150,14 @@ def side_stream(device: th.device) -> Any:
 def on_device(device: th.device) -> contextlib.AbstractContextManager:
     """
     :param device: any device
-    :return: makes it the current CUDA device, if it is one
+    :return: context in which it is the current CUDA device; no effect for other devices
     """
     return th.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free_cached_memory(device: th.device) -> None:
     """
-    Free what models that are gone have left behind on a CUDA device: graphs and what they belong to refer to each other, and
-    torch keeps the memory of what is gone.
+    Free memory of deleted models on a CUDA device. Graphs are in reference cycles, and torch caches freed memory.
 
     :param device: any device
     """
@@ -172,8 +169,10 @@ def free_cached_memory(device: th.device) -> None:
 
 def detect_host_sync(function: Callable[[], Any]) -> tuple[Any, str | None]:
     """
-    :param function: works on a CUDA device
-    :return: what it returns, and what torch says of an operation in it that waits for the device, None if there was none
+    Call a function and detect operations that wait for the device.
+
+    :param function: function that works on a CUDA device
+    :return: its outputs, and torch's warning about such an operation, None if there was none
     """
     mode = th.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
@@ -195,14 +194,14 @@ def detect_host_sync(function: Callable[[], Any]) -> tuple[Any, str | None]:
 
 class Staging:
     """
-    The way of small arrays from the host to a device, all of them in one copy: a few buffers in pinned memory, used in turn,
-    each with one array beside the other, and the arrays' counterparts on the device.
+    Transfer of several small arrays from the host to a device in one copy. The arrays are packed into a buffer in pinned
+    memory. Several buffers are used in turn.
 
     :param arrays: shape and dtype of each array, by name
-    :param device: where to
+    :param device: target device
     """
 
-    # Buffers in pinned memory: while the device reads one, the next is filled
+    # Number of buffers in pinned memory: while the device reads one, the next is filled
     DEPTH = 4
     ALIGNMENT = 16
 
@@ -226,7 +225,7 @@ class Staging:
 
     def begin(self) -> dict[str, Any]:
         """
-        :return: the arrays to fill, of the buffer whose turn it is, once the device has read what they held before
+        :return: the arrays to fill, by name, after waiting until the device has read their previous contents
         """
         sent = self._sent[self._turn]
         if sent is not None:
@@ -234,7 +233,7 @@ class Staging:
         return self._host[self._turn]
 
     def send(self) -> None:
-        """Copy what was filled to ``device_arrays``, after all work that was given to the device before."""
+        """Copy the filled arrays to ``device_arrays``, after all work that is already queued on the device."""
         self._target.copy_(self._sources[self._turn], non_blocking=True)
         if self._cuda:
             self._sent[self._turn] = th.cuda.current_stream(self._target.device).record_event()

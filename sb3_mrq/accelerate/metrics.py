@@ -1,5 +1,5 @@
 """
-Numbers that stay on the device: means of what updates report, and what updates read that changes during training.
+Numbers on the device: means of metrics, and inputs of updates that change during training.
 """
 
 import torch as th
@@ -7,21 +7,21 @@ import torch as th
 
 class MetricMeans:
     """
-    Means of what updates report, summed up on the device until they are asked for.
+    Means of metrics over several updates, accumulated on the device.
 
-    :param device: of the metrics
+    :param device: device of the metrics
     """
 
     def __init__(self, device: th.device):
         self.device = device
         self._names: list[str] = []
-        # The last one counts the updates
+        # The last entry counts the updates
         self._sums = th.zeros(1, device=device)
         self._one = th.ones((), device=device)
 
     def add(self, metrics: dict[str, th.Tensor]) -> None:
         """
-        :param metrics: 0-d tensors by name, the same names each time
+        :param metrics: 0-d tensors by name, with the same names at each call
         """
         if not self._names:
             self._names = list(metrics)
@@ -39,10 +39,9 @@ class MetricMeans:
 
 class Scalars:
     """
-    Numbers as 0-d tensors that stay where they are, for code that is compiled or captured and would take a number for a
-    constant.
+    Numbers as 0-d tensors at fixed addresses, for compiled or captured code, in which Python numbers are constants.
 
-    :param device: of the tensors
+    :param device: device of the tensors
     """
 
     def __init__(self, device: th.device):

@@ -1,5 +1,5 @@
 """
-In which precision matrix products are fast, and which one is the automatic choice.
+Precision of matrix products: which one is fast, and which one ``"auto"`` selects.
 """
 
 import platform
@@ -10,24 +10,24 @@ from contextlib import contextmanager
 import torch as th
 from torch import nn
 
-# Packages whose modules, but for convolutions, automatic_precision trusts with bfloat16
+# Packages whose modules, except convolutions, are known to work in bfloat16
 KNOWN_PACKAGES = ("torch", "sb3_mrq")
 
 
 def processor_has_bfloat16() -> bool:
     """
-    :return: whether the processor has AMX or AVX512-BF16, as far as torch tells
+    :return: whether the processor has AMX or AVX512-BF16; False if torch cannot detect it
     """
-    # Not of torch's public interface
+    # Not in the public interface of torch
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(th.cpu, name, lambda: False)() for name in names)
 
 
 def bfloat16_is_fast(device: th.device) -> bool:
     """
-    :param device: that of the networks
-    :return: False where matrix products in bfloat16 are known to be slower than in float32: on GPUs without bfloat16, and on
-        x86 processors with neither AMX nor AVX512-BF16, where torch computes each number on its own
+    :param device: device of the networks
+    :return: False if matrix products are known to be slower in bfloat16 than in float32: on GPUs without bfloat16, and on x86
+        processors without AMX and AVX512-BF16
     """
     if device.type == "cuda":
         with th.cuda.device(device):
@@ -39,11 +39,12 @@ def bfloat16_is_fast(device: th.device) -> bool:
 
 def automatic_precision(device: th.device, *networks: nn.Module) -> str:
     """
-    What ``precision="auto"`` stands for: bfloat16 where it was measured to be faster, on processors with AMX or AVX512-BF16,
-    for networks without convolutions. What layers of a user's own need is not known.
+    Precision that ``precision="auto"`` selects: bfloat16 where it was measured to be faster, on processors with AMX or
+    AVX512-BF16, for networks without convolutions. Networks with custom layers use float32, as the precision they need is
+    unknown.
 
-    :param device: that of the networks
-    :param networks: all that are trained
+    :param device: device of the networks
+    :param networks: all trained networks
     :return: "bfloat16" or "float32"
     """
     if device.type != "cpu" or not processor_has_bfloat16() or not th.backends.mkldnn.is_available():
@@ -55,9 +56,8 @@ def automatic_precision(device: th.device, *networks: nn.Module) -> str:
 
 class TF32Products:
     """
-    Float32 matrix products in TF32 where the device can, in the contexts that this makes. Torch's setting is one for all
-    threads of a process: the first to come in changes it, the last to leave sets it back, and what others compute meanwhile
-    has it, too.
+    Context manager for float32 matrix products in TF32 on devices that support it. The setting of torch is global: the first
+    thread that enters changes it, and the last one that leaves restores it. In between it also affects other threads.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 """
-How updates and actions are computed: from the replay buffer on the host, or whole steps on a device as CUDA graphs.
+Updates and actions, computed with the replay buffer on the host, or on a device as CUDA graphs.
 """
 
 import threading
@@ -27,7 +27,7 @@ NETWORKS = ("encoder", "critic", "actor")
 
 def restore_groups(groups: list[dict[str, Any]], optimizer: th.optim.Optimizer) -> None:
     """
-    Undo what capturing has changed in an optimiser's settings.
+    Undo the changes that capturing has made to the settings of an optimiser.
 
     :param groups: ``param_groups`` of the optimiser or of its state dict, changed in place
     :param optimizer: the optimiser
@@ -40,22 +40,22 @@ def restore_groups(groups: list[dict[str, Any]], optimizer: th.optim.Optimizer) 
 
 class Updates:
     """
-    One encoder update, one value and policy update, and acting in a rollout.
+    Encoder updates, value and policy updates, and actions in rollouts.
 
-    On a CUDA device each becomes a graph that is captured once and replayed, if it can be: replay buffer, weights, learning
-    rates and everything random are on the device then, and a step of the environment takes one small copy there, of the new
-    transition, one of the observation, and one back, of the action. If capturing fails, updates run uncaptured from then on,
-    after a warning, with the same results.
+    On a CUDA device, each of the three is captured as a graph and replayed, if possible. Replay buffer, weights, learning
+    rates and random generators are then on the device. A step of the environment needs three small transfers: the new
+    transition and the observation to the device, and the action from it. If capturing fails, everything continues without
+    graphs, with the same results, after a warning.
 
-    :param learner: computes the updates
-    :param device: of the networks
-    :param capture: whether to capture graphs: True, False, or ``"auto"``, which does not warn if it is clear from the outset
-        that they cannot be captured
+    :param learner: learner that computes the updates
+    :param device: device of the networks
+    :param capture: whether to capture graphs: True, False, or ``"auto"``, which does not warn if capturing is impossible from
+        the start
     :param verbose: Verbosity level
     """
 
-    # Share of the memory that is free on a device that the replay buffer may take there
-    SHARE_OF_DEVICE = 0.7
+    # Largest fraction of the free memory of a device for the copy of the replay buffer
+    MAX_MEMORY_FRACTION = 0.7
 
     def __init__(self, learner: Learner, device: th.device, capture: bool | str = "auto", verbose: int = 0):
         self.learner = learner
@@ -85,37 +85,37 @@ class Updates:
         self._value = Graph(self._value_step, device, lambda: self._captured_constants(*NETWORKS))
         self._act = Graph(self._act_step, device, lambda: self._weight_addresses("encoder", "actor"))
 
-    # Choosing how
+    # Settings
 
     def compile(self, compiled: bool) -> None:
         """
-        Choose whether the losses are compiled from now on, which takes a while when they are next needed.
+        Choose whether the losses are compiled. Compiling takes place at the next update.
 
-        :param compiled: whether to compile them
+        :param compiled: whether to compile the losses
         """
 
         def transform(function: Callable[..., Any]) -> Callable[..., Any]:
             trial = self.learner.preserve_buffers_and_rng
-            return CompiledFunction(function, self._give_up_compiling, trial) if compiled else function
+            return CompiledFunction(function, self._disable_compiling, trial) if compiled else function
 
         self.compiled = compiled
         self.learner.transform_losses(transform)
 
-    def compile_on_a_cpu(self) -> None:
+    def compile_on_cpu(self) -> None:
         """
-        Compile the losses if the device is a CPU, unless that has failed before. The compiler is not meant for several threads
-        at once, such as those of a hyperparameter search.
+        Compile the losses if the device is a CPU, unless compiling has failed before. The compiler does not support several
+        threads at once, so it is only used in the main thread.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
         if self.device.type == "cpu" and in_main_thread and not (self.compiled or self.compiling_failed):
             self.compile(True)
 
-    def _give_up_compiling(self, error: Exception) -> None:
+    def _disable_compiling(self, error: Exception) -> None:
         self.compile(False)
         self.compiling_failed = True
         warnings.warn(
-            f"The updates could not be compiled, so they run uncompiled, slower but with the same results. Set "
-            f"compile_updates=False to do so from the start. {type(error).__name__}: {error}",
+            f"The updates could not be compiled. Training continues uncompiled, which is slower but gives the same results. "
+            f"Set compile_updates=False to avoid this warning. {type(error).__name__}: {error}",
             stacklevel=2,
         )
 
@@ -123,12 +123,12 @@ class Updates:
         self, replay_buffer: SubtrajectoryReplayBuffer, batch_size: int, vec_normalize: VecNormalize | None = None
     ) -> None:
         """
-        Get ready for updates: copy new transitions and learning rates to the device, and throw away graphs of tensors that
-        have been replaced, for example by ``load_state_dict`` of an optimiser.
+        Prepare updates: copy new transitions and learning rates to the device, and discard graphs of tensors that have been
+        replaced, for example by ``load_state_dict`` of an optimiser.
 
-        :param replay_buffer: what to learn from, with at least one transition
+        :param replay_buffer: replay buffer with at least one transition
         :param batch_size: Minibatch size for each gradient update
-        :param vec_normalize: normalizes observations and rewards of the buffer
+        :param vec_normalize: VecNormalize to normalize observations and rewards with
         """
         changed = batch_size != self.batch_size
         self.replay_buffer, self.batch_size, self._vec_normalize = replay_buffer, batch_size, vec_normalize
@@ -136,11 +136,11 @@ class Updates:
             return
         try:
             if vec_normalize is not None:
-                raise CaptureError("VecNormalize works on the host.")
+                raise CaptureError("VecNormalize is not supported on a device.")
             if threading.current_thread() is not threading.main_thread():
-                raise CaptureError("Torch captures one graph at a time, here only in the main thread.")
+                raise CaptureError("Torch captures one graph at a time, so capturing works only in the main thread.")
             if th.are_deterministic_algorithms_enabled():
-                raise CaptureError("torch.use_deterministic_algorithms excludes the sums by which indices are drawn there.")
+                raise CaptureError("torch.use_deterministic_algorithms does not allow the cumulative sums of sampling.")
             self._update_copy(changed)
             for name in NETWORKS:
                 self._prepare_optimizer(name, getattr(self.learner, name).optimizer)
@@ -149,14 +149,16 @@ class Updates:
             assert self._copy is not None
             self._copy.flush()
         except (CaptureError, TypeError, th.OutOfMemoryError) as error:
-            self._give_up_capturing(error, warn=self.capture is True)
+            self._disable_capturing(error, warn=self.capture is True)
 
     def _update_copy(self, batch_size_changed: bool) -> None:
-        """Copy the replay buffer to the device, unless it is there."""
+        """Copy the replay buffer to the device, unless there is a current copy."""
         if self._copy is None or not self._copy.is_current(self.replay_buffer):
             free, size = self.free_memory(), DeviceCopy.size_of(self.replay_buffer)
-            if self._copy is None and size > self.SHARE_OF_DEVICE * free:
-                raise CaptureError(f"The replay buffer takes {size / 1e9:.3g} GB, of {free / 1e9:.3g} GB free there.")
+            if self._copy is None and size > self.MAX_MEMORY_FRACTION * free:
+                raise CaptureError(
+                    f"The replay buffer takes {size / 1e9:.3g} GB, but the device has {free / 1e9:.3g} GB free."
+                )
             self._copy = DeviceCopy(self.replay_buffer, self.device)
             batch_size_changed = True
         if batch_size_changed:
@@ -164,14 +166,14 @@ class Updates:
             self._value.reset()
 
     def _prepare_optimizer(self, name: str, optimizer: th.optim.Optimizer) -> None:
-        """Let an optimiser read its learning rate from the device; SB3 sets it as a number."""
+        """Replace the learning rate of an optimiser, which SB3 sets as a number, by a tensor on the device."""
         if not isinstance(optimizer, th.optim.Adam):
-            raise CaptureError(f"{type(optimizer).__name__} is not Adam or AdamW.")
-        # Silences Adam's warning about ``capturable``: the warm-up calls are not captured on purpose
+            raise CaptureError(f"The optimiser {type(optimizer).__name__} is not supported, only Adam and AdamW are.")
+        # Suppresses Adam's warning about ``capturable``, as warm-up calls are not captured
         optimizer._warned_capturable_if_run_uncaptured = True
         for i, group in enumerate(optimizer.param_groups):
             key = f"{name} {i}"
-            # A tensor is the one set here before, by this object or by another one
+            # A tensor was set here, by this object or by another one
             if not isinstance(group["lr"], th.Tensor) or key not in self._learning_rates:
                 self._learning_rates.set(**{key: float(group["lr"])})
             group["lr"] = self._learning_rates[key]
@@ -181,7 +183,7 @@ class Updates:
                     state["step"] = state["step"].to(self.device)
 
     def _captured_constants(self, *names: str) -> list[Any]:
-        """What graphs of updates take for constant: hyperparameters, weights, and the state and settings of optimisers."""
+        """Constants of captured updates: hyperparameters, addresses of weights, state and settings of optimisers."""
         constants: list[Any] = [self.learner.hyperparameters, *self._weight_addresses(*names)]
         for name in names:
             optimizer = getattr(self.learner, name).optimizer
@@ -196,27 +198,27 @@ class Updates:
 
     @property
     def on_device(self) -> bool:
-        """Whether updates run on a copy of the replay buffer on the device, captured or about to be."""
+        """Whether updates use a copy of the replay buffer on the device."""
         return self._copy is not None
 
     @property
     def captured(self) -> bool:
-        """Whether both updates are replayed."""
+        """Whether both updates replay graphs."""
         return self._encoder.captured and self._value.captured
 
     def free_memory(self) -> float:
         """
-        :return: bytes that are free on the device, after memory that earlier models have left behind is freed
+        :return: number of free bytes on the device, after freeing memory of deleted models
         """
         free_cached_memory(self.device)
         return th.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else np.inf
 
-    def _give_up_capturing(self, error: Exception, warn: bool = True) -> None:
-        """Run uncaptured from now on; with ``warn=False`` that is not a warning, but information."""
+    def _disable_capturing(self, error: Exception, warn: bool = True) -> None:
+        """Continue without graphs, with a warning, or only a message at ``verbose=1`` if ``warn=False``."""
         if warn:
             warnings.warn(
-                f"Training steps could not be captured as CUDA graphs, so they run uncaptured, slower but with the same "
-                f"results. Set compile_updates=False to do so from the start. {error}",
+                "Training steps could not be captured as CUDA graphs. Training continues uncaptured, slower but with "
+                f"the same results. Set compile_updates=False to avoid this warning. {error}",
                 stacklevel=2,
             )
         elif self.verbose >= 1:
@@ -225,7 +227,7 @@ class Updates:
         self.release()
 
     def release(self) -> None:
-        """Give up the copy on the device, and leave optimisers as they would be without captured updates."""
+        """Free the copy on the device, and restore the settings of the optimisers."""
         for name in NETWORKS:
             optimizer = getattr(self.learner, name).optimizer
             restore_groups(optimizer.param_groups, optimizer)
@@ -237,23 +239,23 @@ class Updates:
         free_cached_memory(self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Updates":
-        """A copy of the model compiles and captures on its own."""
+        """Copy without compiled functions and graphs, which refer to the networks of the original."""
         updates = memo[id(self)] = object.__new__(type(self))
         updates.__init__(deepcopy(self.learner, memo), self.device, self.capture, self.verbose)  # type: ignore[misc]
         updates.compile(self.compiled)
         return updates
 
-    # Doing it
+    # Updates and actions
 
     def encoder(self) -> None:
-        """One encoder update on a new batch."""
+        """Do one encoder update with a new batch."""
         self._run(self._encoder)
 
     def value_and_policy(self) -> None:
         """
-        One value and one policy update on a new batch, whose transitions take new priorities.
+        Do one value and one policy update with a new batch, and update its priorities.
 
-        :raises DivergedError: if TD errors are not finite, unless the update is captured
+        :raises DivergedError: if TD errors are not finite and the replay buffer is on the host
         """
         self._run(self._value)
 
@@ -262,11 +264,11 @@ class Updates:
             try:
                 return graph()
             except CaptureError as error:
-                self._give_up_capturing(error)
+                self._disable_capturing(error)
         graph.function()
 
     def _matmul_precision(self) -> AbstractContextManager[None]:
-        # Set elsewhere in another way, it may not even be readable by this setting
+        # Only touched for tf32: if the user has set it through another interface, reading it may fail
         return tf32_products() if self.learner.hyperparameters.precision == "tf32" else nullcontext()
 
     def _encoder_step(self) -> None:
@@ -286,21 +288,21 @@ class Updates:
 
     def sample_n_step(self) -> Any:
         """
-        :return: a batch of n-step samples, as the next value and policy update draws one
+        :return: a new batch of n-step samples
         """
         return (self._copy or self.replay_buffer).sample_n_step(self.batch_size, self._vec_normalize)
 
     def act(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
         """
-        Act in a rollout, with exploration noise.
+        Compute actions with exploration noise.
 
-        :param observation: of all environments, (n_envs, ...) or a dict of these
-        :param noise: standard deviation of the exploration noise, in units of a Box scaled to [-1, 1]
-        :return: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, action_dim)
-        :raises DivergedError: if the networks give numbers that are not finite
+        :param observation: observations of all environments, (n_envs, ...) or a dict of these
+        :param noise: standard deviation of the exploration noise on Box actions scaled to [-1, 1]
+        :return: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, action_dim)
+        :raises DivergedError: if an action vector is not finite
         """
         action = self._explore(observation, noise)
-        # The largest of them would be a discrete action all the same
+        # Checked before decoding, which would return a valid discrete action in any case
         if not th.isfinite(action).all():
             raise DivergedError(f"the policy's action is {action.tolist()}")
         return self.learner.actions.decode(action).numpy()
@@ -310,7 +312,7 @@ class Updates:
             try:
                 return self._explore_captured(observation, noise)
             except CaptureError as error:
-                self._give_up_capturing(error)
+                self._disable_capturing(error)
         policy = self.learner.policy
         return policy.explore(policy.obs_to_tensor(observation)[0], noise).cpu()
 

@@ -1,5 +1,5 @@
 """
-The replay buffer of MR.Q: segments of episodes, sampled by priority.
+Replay buffer of MR.Q, which samples sub-trajectories by priority.
 """
 
 from sb3_mrq.buffers.replay_buffer import SubtrajectoryReplayBuffer

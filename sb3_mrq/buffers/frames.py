@@ -1,5 +1,5 @@
 """
-Storage of one kind of observation in the slots of a replay buffer, frame stacks as single frames.
+Storage of observations in the slots of a replay buffer, with frame stacks as single frames.
 """
 
 import warnings
@@ -14,38 +14,38 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 
 class ObservationStorage:
     """
-    Observations in numbered slots. Consecutive observations of an episode are in consecutive slots of one ring.
+    Observations of one space in numbered slots. Consecutive observations of an episode are in consecutive slots of a ring.
 
-    A channel-first uint8 image that is a stack of frames holds each frame again in the next observations. If the first
-    observations look like such stacks, only the newest frame of each is stored, and the stack is put together again from the
-    slots before. Each later observation is checked. An episode must begin with a stack that is filled up with copies of its
-    first frame (as by gymnasium's ``FrameStackObservation``) or with zeros (as by ``VecFrameStack``). If a check fails,
-    everything stored so far is converted to whole observations, with a warning.
+    Consecutive stacks of frames share most of their frames. If the first channel-first uint8 images are such stacks, only the
+    newest frame of each is stored, and stacks are rebuilt from the preceding slots. Each later observation is checked. The
+    first stack of an episode must be padded with copies of its first frame (like gymnasium's ``FrameStackObservation``) or
+    with zeros (like ``VecFrameStack``). If a check fails, everything stored so far is converted to whole observations, with a
+    warning.
 
     :param space: space of the observations
     :param n_slots: number of slots
-    :param max_stack: most frames that a stack may have to be stored as single frames
+    :param max_stack: maximum number of frames of a stack that is stored as single frames
     """
 
     def __init__(self, space: spaces.Space, n_slots: int, max_stack: int):
         shape = get_obs_shape(space)
-        assert isinstance(shape, tuple), f"{space} is not one kind of observation"
+        assert isinstance(shape, tuple), f"{space} is a Dict space"
         self.shape = shape
         self.dtype = np.dtype(np.float32) if space.dtype == np.float64 else np.dtype(space.dtype)
         self.n_slots = n_slots
         self.max_stack = max_stack
-        # Channels of a frame, 0 if observations are stored whole
+        # Number of channels of a frame, 0 if observations are stored whole
         self.frame_channels = 0
         self.n_stack = 1
-        # np.zeros reserves address space only: memory is taken by the pages that are written to
-        # With a frame of zeros after the last slot if single frames are stored
+        # np.zeros only reserves address space: memory is used once it is written to
+        # Has a frame of zeros after the last slot if single frames are stored
         self.padded = np.zeros((0,), dtype=self.dtype)
-        # Of single frames: whether the stack is filled up with zeros if the episode is younger than the stack, or with copies
+        # For single frames: whether stacks at the beginning of the episode are padded with zeros, not copies
         self.zero_filled = np.zeros((0,), dtype=bool)
 
     @property
     def data(self) -> np.ndarray:
-        """What is stored in the slots, no copy, (n_slots, ...)."""
+        """Contents of the slots, not a copy, (n_slots, ...)."""
         return self.padded[: self.n_slots]
 
     @property
@@ -55,7 +55,7 @@ class ObservationStorage:
 
     def frame_sizes(self) -> list[int]:
         """
-        :return: channels that a frame may have, if the observations are stacks, smallest first
+        :return: possible numbers of channels of a frame, ascending; empty if observations cannot be stacks
         """
         if len(self.shape) != 3 or self.dtype != np.uint8:
             return []
@@ -64,27 +64,27 @@ class ObservationStorage:
 
     def get_state(self) -> dict[str, Any]:
         """
-        :return: how observations are stored, as numbers for a JSON file
+        :return: storage format, in JSON types
         """
         return {"allocated": bool(self.data.size), "frame_channels": self.frame_channels}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
-        Store observations in a given way from now on, and reserve the memory; nothing is stored then.
+        Set the storage format and allocate empty arrays.
 
-        :param state: from ``get_state``
-        :raises ValueError: if observations of this shape cannot be stored so
+        :param state: result of ``get_state``
+        :raises ValueError: if the format does not fit the shape of the observations
         """
         channels = state["frame_channels"]
         if channels not in (0, *self.frame_sizes()):
-            raise ValueError(f"Observations of the shape {self.shape} are no stacks of frames of {channels} channels.")
+            raise ValueError(f"Observations of the shape {self.shape} cannot be stacks of frames with {channels} channels.")
         if state["allocated"]:
             self._allocate(channels)
 
     def cast(self, obs: np.ndarray) -> np.ndarray:
         """
-        :param obs: observations as the environments give them, (n, ...)
-        :return: a copy in the storage's dtype and shape, (n, *shape)
+        :param obs: observations of the environments, (n, ...)
+        :return: a copy with dtype and shape of the storage, (n, *shape)
         """
         return np.array(obs, dtype=self.dtype).reshape(-1, *self.shape)
 
@@ -96,7 +96,7 @@ class ObservationStorage:
         self.zero_filled = np.zeros(self.n_slots if self.stacked else 0, dtype=bool)
 
     def _is_stack(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray, channels: int) -> bool:
-        """Whether transitions, some of which begin an episode, fit stacks of frames of so many channels."""
+        """Whether observations are stacks of frames with this number of channels; ``beginning`` marks starts of episodes."""
         if not np.array_equal(obs[:, channels:], next_obs[:, :-channels]):
             return False
         first = obs[beginning]
@@ -107,10 +107,10 @@ class ObservationStorage:
 
     def allocate(self, obs: np.ndarray, next_obs: np.ndarray) -> None:
         """
-        Reserve the memory, for single frames if the first transitions look like stacks of them.
+        Allocate the arrays, for single frames if the first observations are stacks.
 
         :param obs: first observations of all environments, (n, *shape)
-        :param next_obs: the observations after them, (n, *shape)
+        :param next_obs: the next observations, (n, *shape)
         """
         shifted = [c for c in self.frame_sizes() if np.array_equal(obs[:, c:], next_obs[:, :-c])]
         stacks = [c for c in shifted if self._is_stack(obs, next_obs, np.ones(len(obs), dtype=bool), c)]
@@ -121,19 +121,19 @@ class ObservationStorage:
     def fits(self, obs: np.ndarray, next_obs: np.ndarray, beginning: np.ndarray) -> bool:
         """
         :param obs: observations, (n, *shape)
-        :param next_obs: the observations after them, (n, *shape)
-        :param beginning: which of them begin an episode, bool (n,)
-        :return: whether they can be stored in the way that observations are stored now
+        :param next_obs: the next observations, (n, *shape)
+        :param beginning: which observations begin an episode, bool (n,)
+        :return: whether they can be stored in the current format
         """
         return not self.stacked or self._is_stack(obs, next_obs, beginning, self.frame_channels)
 
     def store_whole(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         """
-        Store whole observations from now on, because one came that does not continue the stack before it.
+        Convert to whole observations, because an observation does not continue the previous stack.
 
-        :param chunks: slots, (m,), and the whole observations there, (m, *shape), of everything that is stored
+        :param chunks: slots (m,) and their whole observations (m, *shape), of everything that is stored
         """
-        self._warn("continue the stack before it", self.n_stack)
+        self._warn("continue the previous stack", self.n_stack)
         whole = copy(self)
         whole._allocate(0)
         for slots, obs in chunks:
@@ -141,22 +141,22 @@ class ObservationStorage:
         self.__dict__.update(whole.__dict__)
 
     def _warn(self, failure: str, n_stack: int) -> None:
-        """Tell what storing whole observations means for a stack of frames that did not do what it should."""
+        """Warn that observations are stored whole, with the memory that this takes."""
         size = self.n_slots * int(np.prod(self.shape)) * self.dtype.itemsize
         warnings.warn(
             f"The image observations look like stacks of {n_stack} frames, which the replay buffer stores as single frames, "
-            f"but one came that does not {failure}. From here on observations are stored whole: {size / 1e9:.3g} GB for the "
-            f"full buffer instead of {size / n_stack / 1e9:.3g} GB.",
+            f"but one of them does not {failure}. Therefore observations are now stored whole: the full buffer takes "
+            f"{size / 1e9:.3g} GB instead of {size / n_stack / 1e9:.3g} GB.",
             stacklevel=4,
         )
 
     def write(self, slots: np.ndarray, obs: np.ndarray) -> None:
         """
         :param slots: (n,)
-        :param obs: as from ``cast``, (n, *shape)
+        :param obs: result of ``cast``, (n, *shape)
         """
         if self.stacked:
-            # Only matters in the first observations of an episode, whose stacks are filled up
+            # Only used at the beginning of an episode, when stacks are padded
             self.zero_filled[slots] = ~obs[:, : self.frame_channels].any(axis=(1, 2, 3))
             obs = obs[:, -self.frame_channels :]
         self.data[slots] = obs

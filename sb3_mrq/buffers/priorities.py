@@ -1,8 +1,8 @@
 """
-Sampling of indices in proportion to their priorities, cheaper than a pass over all of them.
+Sampling of indices in proportion to their priorities with a sum tree.
 
-Code that changes priorities uses what NumPy arrays and tensors have in common: for the few indices of a step NumPy is four
-times as fast.
+Code that changes priorities uses only what NumPy arrays and tensors have in common: for one or two indices NumPy is four
+times as fast as torch.
 """
 
 import math
@@ -15,19 +15,18 @@ import torch as th
 
 class PriorityTree:
     """
-    A tree of sums: the leaves are the priorities, each node above is the sum of its children. Changing or drawing an index
-    visits one node a level. Sums are recomputed from the children whenever one changes, never updated by differences, so
-    that no rounding error accumulates.
+    Sum tree: the leaves are the priorities, and each inner node is the sum of its children. Setting or sampling an index
+    visits one node per level. A sum is always recomputed from its children, so rounding errors do not accumulate.
 
-    On the host the fan-out is 32: at most five levels for 33 million indices. On a device it is 1024, because the number of
-    operations counts there, not their size.
+    The fan-out is 32 on the host, which gives at most five levels for 33 million indices. It is 1024 on a device, whose speed
+    depends on the number of operations rather than on their size.
 
     :param capacity: number of indices, at least 1
-    :param device: of the tree, and of everything that it takes and returns; the host if None
+    :param device: device of the tree, and of all arguments and results; the host if None
     """
 
     HOST_FAN_OUT, DEVICE_FAN_OUT = 32, 1024
-    # Small trees have as many levels as one of a million leaves: it costs little, and sampling takes the same time
+    # Small trees have as many levels as a tree of a million leaves, so that sampling always takes the same time
     MIN_LEVELS = 4
 
     def __init__(self, capacity: int, device: th.device | None = None):
@@ -35,7 +34,7 @@ class PriorityTree:
         self.device = device
         self.fan_out = self.HOST_FAN_OUT if device is None else self.DEVICE_FAN_OUT
         # Leaves first. Each level is (nodes, fan_out): row i holds the children of node i of the next level. On the host this
-        # reserves address space only: memory is taken by the pages that are written to.
+        # only reserves address space: memory is used once it is written to.
         self.levels: list[th.Tensor] = []
         min_levels = self.MIN_LEVELS if device is None else 1
         nodes = capacity
@@ -49,7 +48,7 @@ class PriorityTree:
 
     @property
     def leaves(self) -> th.Tensor:
-        """The priorities themselves, no copy, float64 (capacity,). Call ``rebuild`` after writing to them."""
+        """All priorities, not a copy, float64 (capacity,). Call ``rebuild`` after writing to them."""
         return self.levels[0].view(-1)[: self.capacity]
 
     @property
@@ -73,8 +72,8 @@ class PriorityTree:
 
     def set(self, indices: th.Tensor, priorities: th.Tensor) -> None:
         """
-        :param indices: (n,). If one occurs twice, the last one counts on the host, either of them on a device.
-        :param priorities: finite, not negative, (n,) or 0-d for all
+        :param indices: (n,). For duplicates, the last priority is set on the host, and any of them on a device.
+        :param priorities: finite and not negative, (n,), or 0-d for all indices
         """
         priorities = priorities.to(th.float64)
         self._arrays(self.levels)[0].reshape(-1)[self._array(indices)] = self._array(priorities)
@@ -96,10 +95,10 @@ class PriorityTree:
 
     def rebuild(self, start: int, stop: int) -> None:
         """
-        Renew the sums above a range of priorities.
+        Recompute the sums above a range of priorities.
 
         :param start: first index of the range
-        :param stop: last index of the range, plus 1
+        :param stop: end of the range, exclusive
         """
         if start >= stop:
             return
@@ -118,15 +117,14 @@ class PriorityTree:
 
     def sample(self, n: int) -> th.Tensor:
         """
-        Draw indices independently, each with probability proportional to its weight; at least one must be positive. On the
-        host NumPy's global generator is used, on a device torch's.
+        Sample indices with replacement, in proportion to their priorities, of which at least one must be positive. The host
+        uses NumPy's global random generator, and a device uses torch's.
 
         :param n: number of indices
         :return: (n,)
         """
-        # Where in the node's share of the total the draw falls, from 0 to 1. It is rescaled at each level, which keeps more
-        # than 30 of its 53 random bits for the leaves and, unlike a remainder of the total, cannot fall outside a node
-        # through rounding.
+        # Position of the sample within its node, from 0 to 1. Rescaling it at each level keeps more than 30 of its 53 random
+        # bits for the leaves. Unlike a remainder of the total, it cannot leave the node through rounding.
         if self.device is None:
             position = th.from_numpy(np.random.random((n, 1)))
         else:
@@ -137,7 +135,7 @@ class PriorityTree:
             cumulative = self._weights(level, nodes).cumsum(dim=1).expand(n, -1).contiguous()
             total = cumulative[:, -1:]
             mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
-            # Beyond the last child if priorities are not numbers
+            # Clamped, as searchsorted may exceed the last child if priorities are NaN
             child = th.searchsorted(cumulative, mass, right=True).clamp_max_(self.fan_out - 1)
             upper = cumulative.gather(1, child)
             lower = cumulative.gather(1, (child - 1).clamp_min_(0)).masked_fill_(child == 0, 0.0)

@@ -1,5 +1,5 @@
 """
-The replay buffer of MR.Q: sub-trajectories of several environments, sampled by priority.
+Replay buffer of MR.Q, which samples sub-trajectories by priority.
 """
 
 import numpy as np
@@ -16,47 +16,47 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
     """
     Replay buffer that samples sub-trajectories by priority (LAP, Fujimoto et al., 2020, arXiv 2007.06049).
 
-    Every environment has a ring of ``buffer_size // n_envs`` slots of its own. A slot holds one observation and the action,
-    reward and flags of the transition that starts there; the next observation is in the next slot. The final observation of an
-    episode takes a slot of its own, so that an episode of m transitions takes m + 1 slots. Frame stacks are stored as single
-    frames (see :class:`sb3_mrq.buffers.frames.ObservationStorage`); a transition leaves the buffer with the oldest frame it
-    needs.
+    Each environment has a ring of ``buffer_size // n_envs`` slots. A slot holds an observation, and action, reward and flags
+    of the transition that starts there. The next observation is in the next slot. The final observation of an episode has its
+    own slot, so an episode of m transitions takes m + 1 slots. Frame stacks are stored as single frames (see
+    :class:`sb3_mrq.buffers.frames.ObservationStorage`), and a transition is removed together with its oldest frame.
 
-    A segment is an unbroken run of one episode's transitions. An ``add`` whose observation is not the next observation of that
-    environment's previous ``add`` closes the segment before it as truncated: the environment was reset in the middle.
+    A segment is an unbroken run of transitions of one episode. If the observation of an ``add`` is not the next observation of
+    the previous ``add`` of that environment, the environment was reset in between, and the previous segment is truncated.
 
-    A transition can be sampled once ``max(horizon, n_steps)`` transitions from it on are stored, or its episode has ended.
-    It then takes the largest priority ever assigned. Past the end of an episode sub-trajectories are masked.
+    A transition can be sampled once the sub-trajectory of ``max(horizon, n_steps)`` transitions that starts there is stored,
+    or once its episode has ended. It then gets the largest priority ever assigned. Sub-trajectories are masked after the end
+    of an episode.
 
-    Memory is allocated by the first ``add`` and taken as slots are written to.
+    Memory is reserved by the first ``add``, and used once it is written to.
 
-    A subclass changes how priorities are kept by ``priorities_class``, and what a batch holds by ``read``.
+    A subclass may change how priorities work by ``priorities_class``, and what a batch holds by ``read``.
 
     :param buffer_size: Number of slots, over all environments
     :param observation_space: Observation space
     :param action_space: Action space
     :param device: PyTorch device of the samples
     :param n_envs: Number of parallel environments
-    :param optimize_memory_usage: Accepted as SB3's buffers do; observations are always stored once
-    :param handle_timeout_termination: whether truncation and termination are told apart; if not, no value is expected after
-        either
+    :param optimize_memory_usage: No effect, for compatibility with SB3's buffers: observations are always stored once
+    :param handle_timeout_termination: Whether to distinguish truncation from termination. If not, truncated episodes count as
+        terminated.
     :param horizon: Transitions in a sub-trajectory
     :param n_steps: Transitions of the n-step samples
-    :param fade: Factor of a transition's probability for each one that is stored after it
-    :param fade_min: The factor falls no lower
+    :param fade: Factor by which the probability of a transition falls with each one stored after it
+    :param fade_min: Lower bound on the product of these factors
     """
 
     def _draw(self, batch_size: int) -> th.Tensor:
         if self.n_sampleable == 0:
             raise ValueError(
-                "There is no transition to sample yet: none whose horizon is complete or whose episode has ended."
+                "No transition can be sampled yet: add transitions until a horizon is complete or an episode has ended."
             )
         self._pull_priorities()
         return self._priorities.sample(batch_size)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> SubtrajectorySamples:  # type: ignore[override]
         """
-        Sample sub-trajectories of ``horizon`` transitions, their starts by priority.
+        Sample sub-trajectories of ``horizon`` transitions by the priority of their first transition.
 
         :param batch_size: Number of sub-trajectories
         :param env: VecNormalize to normalize observations and rewards with
@@ -78,12 +78,12 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
 
     def read(self, slots: Slots, starts: th.Tensor, n_steps: int, ends_only: bool = False) -> SubtrajectorySamples:
         """
-        The sub-trajectories that begin at given slots, as they are stored: what a subclass changes, say the rewards.
+        Read sub-trajectories without normalisation. A subclass may override this, for example to change rewards.
 
-        :param slots: what to read from, the slots on the host or a copy on a device
-        :param starts: slots of transitions, (B,)
-        :param n_steps: H
-        :param ends_only: whether only s_0 and s_H are needed: observations are (B, 2, ...) then
+        :param slots: the slots on the host, or their copy on a device
+        :param starts: slots of the first transitions, (B,)
+        :param n_steps: number of transitions, H
+        :param ends_only: whether to read only the observations s_0 and s_H, (B, 2, ...)
         :return: the sub-trajectories, on the device of the slots; ``indices`` are the starts
         """
         observation_slots, transition_slots, mask = slots.follow(starts, n_steps)
@@ -101,26 +101,25 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
 
     def read_n_step(self, slots: Slots, starts: th.Tensor) -> NStepSamples:
         """
-        :param slots: what to read from
-        :param starts: slots of transitions, (B,)
-        :return: the transitions that begin there, with the rewards and the observation of an ``n_steps`` target
+        :param slots: the slots on the host, or their copy on a device
+        :param starts: slots of the transitions, (B,)
+        :return: the transitions, with rewards and last observation of an ``n_steps`` target
         """
         return n_step_samples(self.read(slots, starts, self.n_steps, ends_only=True))
 
     def get_subtrajectories(self, indices: np.ndarray | th.Tensor, env: VecNormalize | None = None) -> SubtrajectorySamples:
         """
-        :param indices: slots of starts, (B,)
+        :param indices: slots of the first transitions, (B,)
         :param env: VecNormalize to normalize observations and rewards with
-        :return: the sub-trajectories of ``horizon`` transitions that begin there, with ``indices`` in NumPy
+        :return: the sub-trajectories of ``horizon`` transitions, with ``indices`` as a NumPy array
         """
         return self._deliver(self.read(self.slots, th.as_tensor(indices), self.horizon), env)
 
     def get_n_step(self, indices: np.ndarray | th.Tensor, env: VecNormalize | None = None) -> NStepSamples:
         """
-        :param indices: slots of starts, (B,)
+        :param indices: slots of the transitions, (B,)
         :param env: VecNormalize to normalize observations and rewards with
-        :return: the transitions that begin there, with the rewards and the observation of an ``n_steps`` target, and with
-            ``indices`` in NumPy
+        :return: the transitions, with rewards and last observation of an ``n_steps`` target, and ``indices`` as a NumPy array
         """
         ends = self.read(self.slots, th.as_tensor(indices), self.n_steps, ends_only=True)
         return n_step_samples(self._deliver(ends, env))
@@ -146,16 +145,16 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
 
     def update_priorities(self, indices: np.ndarray | th.Tensor, priorities: np.ndarray | th.Tensor) -> None:
         """
-        :param indices: ``indices`` of a sample, since which nothing was added; slots that cannot be sampled are passed over
-        :param priorities: positive and finite, (B,)
-        :raises ValueError: if they are not
+        :param indices: ``indices`` of a batch, (B,); slots that cannot be sampled any more are ignored
+        :param priorities: new priorities, positive and finite, (B,)
+        :raises ValueError: if a priority is not positive and finite
         """
         if self.n_sampleable == 0:
             return
         self._pull_priorities()
         slots, values = np.asarray(indices), th.as_tensor(priorities).to("cpu", th.float64)
         if not (values.isfinite().all() and (values > 0).all()):
-            raise ValueError(f"Priorities must be positive and finite, not {values.min()} to {values.max()}.")
+            raise ValueError(f"Priorities must be positive and finite, but range from {values.min()} to {values.max()}.")
         sampleable = self.sampleable(slots)
         if not sampleable.all():
             slots, values = slots[sampleable], values[th.from_numpy(sampleable)]
@@ -168,7 +167,7 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
 
     def sampling_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        :return: slots of all starts that can be sampled, and the probability of each, (n,) both
+        :return: slots of all transitions that can be sampled, and their probabilities, (n,) each
         """
         self._pull_priorities()
         indices = np.flatnonzero(self._flags & SAMPLEABLE)
@@ -184,7 +183,7 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
             return 0.0
         rewards = self.rewards
         if env is not None:
-            # Slots without a transition hold a zero, which normalisation (a division) does not change
+            # The zeros of slots without a transition stay zero, as normalisation of rewards is a division
             rewards = self._normalize_reward(rewards, env)
         return float(np.abs(rewards).sum(dtype=np.float64)) / self._n_stored
 
@@ -192,7 +191,7 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
 def n_step_samples(ends: SubtrajectorySamples) -> NStepSamples:
     """
     :param ends: sub-trajectories of n transitions with two observations each, (B, 2, ...)
-    :return: the same as n-step samples
+    :return: n-step samples
     """
     first, last = unbind_time(ends.observations)
     return NStepSamples(first, ends.actions[:, 0], ends.rewards, ends.terminated, ends.mask, last, ends.indices)

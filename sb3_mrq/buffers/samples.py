@@ -1,5 +1,5 @@
 """
-What the replay buffer samples. A batch travels whole, from the buffer to the losses.
+Samples of the replay buffer.
 """
 
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ class SubtrajectorySamples(NamedTuple):
     """
     Sub-trajectories of H transitions, as torch tensors.
 
-    :param observations: s_0 to s_H, the final observation repeated past the end of the episode, (B, H + 1, ...), or a dict of
-        these. The learner replaces them by a list of H + 1 preprocessed observations, (B, ...) each.
-    :param actions: Box actions scaled to [-1, 1], others as integers of the space, (B, H, action_dim). The learner replaces
-        them by action vectors, (B, H, A).
+    :param observations: s_0 to s_H, (B, H + 1, ...) or a dict of these. After the end of an episode, its final observation is
+        repeated. The learner replaces them by a list of H + 1 preprocessed observations, (B, ...) each.
+    :param actions: Box actions scaled to [-1, 1], discrete actions as integers of the space, (B, H, action_dim). The learner
+        replaces them by action vectors, (B, H, A).
     :param rewards: 0 where the mask is 0, (B, H)
     :param terminated: 1 where the episode terminated (not truncated), else 0, (B, H)
     :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, H)
@@ -32,11 +32,12 @@ class SubtrajectorySamples(NamedTuple):
 
 class NStepSamples(NamedTuple):
     """
-    Transitions with what an n-step target needs, as torch tensors. Observations are dicts if the space is one.
+    Transitions with rewards and last observation of an n-step target, as torch tensors. Observations are dicts for Dict
+    spaces.
 
     :param observations: s_0, (B, ...)
-    :param actions: a_0, Box actions scaled to [-1, 1], others as integers of the space, (B, action_dim). The learner replaces
-        them by action vectors, (B, A).
+    :param actions: a_0, Box actions scaled to [-1, 1], discrete actions as integers of the space, (B, action_dim). The learner
+        replaces them by action vectors, (B, A).
     :param rewards: 0 where the mask is 0, (B, n)
     :param terminated: 1 where the episode terminated (not truncated), else 0, (B, n)
     :param mask: 1 up to and including the last transition of the episode, 0 after it, (B, n)

@@ -1,5 +1,5 @@
 """
-Reading of the replay buffer's slots, on the host or on a device.
+Reading from the slots of the replay buffer, on the host or on a device.
 """
 
 from typing import Any
@@ -7,25 +7,24 @@ from typing import Any
 import numpy as np
 import torch as th
 
-# Flags of a slot. A segment is an unbroken run of one episode's transitions: all of it, unless the environment was reset in
-# the middle.
-HAS_TRANSITION = 1  # not only an observation
-ENDED = 2  # the transition is the last of its segment
-TERMINATED = 4  # ... and the episode terminated there
+# Flags of a slot. A segment is an unbroken run of transitions of one episode.
+HAS_TRANSITION = 1
+ENDED = 2  # the transition is the last one of its segment
+TERMINATED = 4  # the episode terminated with this transition
 HAS_OBSERVATION = 8
-SAMPLEABLE = 16  # a sub-trajectory can start here
+SAMPLEABLE = 16  # the transition can be sampled
 
 
 class Slots:
     """
-    Arrays with an entry for each slot of a replay buffer, all on one device, and how to read them. Each environment has a ring
-    of ``ring_size`` consecutive slots.
+    Reader of arrays with an entry for each slot of a replay buffer, all on one device. Each environment has a ring of
+    ``ring_size`` consecutive slots.
 
-    :param arrays: each with an entry for every slot, or more: ``actions``, ``rewards``, ``flags``, ``ages`` (observations
-        before this one in its segment), and for each key of the observations ``observations KEY``. If those are stacks stored
-        as single frames, there is ``zero_filled KEY``, and a frame of zeros after the last slot.
-    :param observation_shapes: shape of one whole observation by key of a Dict, under None if the space is no Dict
-    :param ring_size: slots of each environment
+    :param arrays: arrays with at least one entry per slot: ``actions``, ``rewards``, ``flags``, ``ages`` (number of previous
+        observations in the segment), and ``observations KEY`` for each key of the observations. For stacks stored as single
+        frames, there is also ``zero_filled KEY``, and ``observations KEY`` has a frame of zeros after the last slot.
+    :param observation_shapes: shape of a whole observation by key, with the key None if the space is not a Dict
+    :param ring_size: number of slots of each environment
     :param n_envs: number of environments
     """
 
@@ -44,42 +43,44 @@ class Slots:
 
     def read(self, name: str, slots: th.Tensor) -> th.Tensor:
         """
-        :param name: of an array
+        :param name: name of an array
         :param slots: (...)
-        :return: its entries there, (..., *)
+        :return: entries of the array, (..., *)
         """
         array = self.arrays[name]
-        # Indexing by square brackets takes up to 15 times as long on a CPU
+        # Indexing with square brackets takes up to 15 times as long on a CPU
         flat = slots.reshape(-1)
         if self.device.type != "cpu":
             return array.index_select(0, flat).view(*slots.shape, *array.shape[1:])
-        # NumPy asks for huge pages, with which many images take a quarter of the time
+        # NumPy allocates huge pages, which reduces the time for many images to a quarter
         out = th.from_numpy(np.empty((len(flat), *array.shape[1:]), dtype=array[:0].numpy().dtype))
         return th.index_select(array, 0, flat, out=out).view(*slots.shape, *array.shape[1:])
 
     def back(self, slots: th.Tensor, steps: th.Tensor) -> th.Tensor:
         """
         :param slots: (...)
-        :param steps: how many slots to go back in the ring; negative to go forward
-        :return: (...)
+        :param steps: number of slots to go back in the ring, negative to go forward
+        :return: the resulting slots, (...)
         """
         position = slots % self.ring_size
         return slots - position + (position - steps) % self.ring_size
 
     def follow(self, starts: th.Tensor, n_steps: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
-        :param starts: slots of transitions, (B,)
-        :param n_steps: H
-        :return: slots of the observations s_0 to s_H, (B, H + 1), and of the transitions, (B, H), the last one of the episode
-            repeated past its end, and the mask, 1 or 0, integers (B, H)
+        Slots of sub-trajectories. After the end of a segment, its last observation and transition are repeated.
+
+        :param starts: slots of the first transitions, (B,)
+        :param n_steps: number of transitions, H
+        :return: slots of the observations s_0 to s_H, (B, H + 1), slots of the transitions, (B, H), and the mask, integers 0
+            and 1, (B, H)
         """
         steps = th.arange(n_steps + 1, device=self.device)
         slots = self.back(starts[:, None], -steps)
-        goes_on = ((self.read("flags", slots[:, :-2]) & ENDED) == 0).long().cumprod(dim=1)
-        mask = th.cat([th.ones_like(slots[:, :1]), goes_on], dim=1)
+        continues = ((self.read("flags", slots[:, :-2]) & ENDED) == 0).long().cumprod(dim=1)
+        mask = th.cat([th.ones_like(slots[:, :1]), continues], dim=1)
         length = mask.sum(dim=1, keepdim=True)
         observations = slots.gather(1, th.minimum(steps, length))
-        # The slot of a final observation holds no action, not even one of the space
+        # The slot of a final observation has no valid action
         transitions = slots.gather(1, th.minimum(steps[:-1], length - 1))
         return observations, transitions, mask
 
@@ -93,7 +94,7 @@ class Slots:
 
     def observation(self, key: Any, slots: th.Tensor) -> th.Tensor:
         """
-        :param key: of the observations, None if the space is no Dict
+        :param key: key of the observations, None if the space is not a Dict
         :param slots: (...)
         :return: whole observations, (..., *obs)
         """

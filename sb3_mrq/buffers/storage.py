@@ -1,5 +1,5 @@
 """
-Storage of episodes in the slots of a replay buffer: what is written when, and what leaves again.
+Storage of episodes in the slots of a replay buffer: writing and overwriting transitions.
 """
 
 import warnings
@@ -29,16 +29,16 @@ SelfStorage = TypeVar("SelfStorage", bound="SegmentStorage")
 
 
 class Copy(Protocol):
-    """A copy of the buffer that is kept up to date, see :class:`sb3_mrq.accelerate.device_copy.DeviceCopy`."""
+    """Interface of a copy of the buffer, see :class:`sb3_mrq.accelerate.device_copy.DeviceCopy`."""
 
     def mark(self, slots: np.ndarray, activated: bool = False) -> None:
-        """Note that slots, (n,), have changed; ``activated`` if they can be sampled from now on."""
+        """Mark slots, (n,), that have changed; ``activated`` if they can now be sampled."""
 
     def read_priorities(self, slots: np.ndarray) -> tuple[th.Tensor, float]:
-        """Return the priorities of slots, (n,), and the largest one ever assigned."""
+        """Return the priorities of slots, (n,), and the largest priority ever assigned."""
 
     def write_priorities(self, slots: np.ndarray, priorities: th.Tensor, max_priority: float) -> None:
-        """Set the priorities of slots, (n,), and the largest one ever assigned."""
+        """Set the priorities of slots, (n,), and the largest priority ever assigned."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -46,12 +46,12 @@ class Copy(Protocol):
 
 class BufferState(NamedTuple):
     """
-    What a replay buffer holds.
+    Contents of a replay buffer.
 
-    :param numbers: numbers, strings and lists of these, for a JSON file
-    :param slots: arrays with an entry for each slot, by name; no copies, (n_slots, ...) each
+    :param numbers: scalar state, in JSON types
+    :param slots: arrays with an entry for each slot, by name, not copies, (n_slots, ...) each
     :param environments: arrays with an entry for each environment, by name, (n_envs, ...) each
-    :param written: how many slots of each environment's ring were ever written to; the others hold zeros, (n_envs,)
+    :param written: number of slots of each environment that have been used, (n_envs,); the remaining ones are zero
     """
 
     numbers: dict[str, Any]
@@ -62,13 +62,13 @@ class BufferState(NamedTuple):
 
 class SegmentStorage(ReplayBuffer):
     """
-    What a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` stores: the episodes of several environments, and which of their
-    transitions can be sampled. The parameters are those of the buffer.
+    Storage of a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer`, with the same parameters: the episodes of several
+    environments, and which transitions can be sampled.
     """
 
-    # Called with a capacity, and with a device for a copy there
+    # Called with a capacity, and for a copy also with a device
     priorities_class: Callable[..., PriorityTree] = PriorityTree
-    # Slots handled at once if all of them are
+    # Number of slots processed at once in operations on all slots
     CHUNK = 1 << 17
 
     def __init__(
@@ -85,29 +85,29 @@ class SegmentStorage(ReplayBuffer):
         fade: float = 1.0,
         fade_min: float = 0.1,
     ):
-        # Not ReplayBuffer's constructor, which allocates everything at once
+        # Not the constructor of ReplayBuffer, which allocates memory
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.optimize_memory_usage = True
         self.handle_timeout_termination = handle_timeout_termination
         if horizon < 1 or n_steps < 1:
-            raise ValueError(f"horizon ({horizon}) and n_steps ({n_steps}) must be at least 1.")
+            raise ValueError(f"horizon is {horizon} and n_steps is {n_steps}, but both must be at least 1.")
         if not (0 < fade <= 1 and 0 <= fade_min <= 1):
-            raise ValueError(f"fade ({fade}) must be above 0 and at most 1, and fade_min ({fade_min}) between 0 and 1.")
+            raise ValueError(f"fade is {fade} and fade_min is {fade_min}, but must be in (0, 1] and [0, 1].")
         self.fade, self.fade_min = fade, fade_min
         if self.fades:
             self.priorities_class = partial(FadedPriorityTree, fade=fade, fade_min=fade_min)
-        # As in ReplayBuffer, from here on the size for each environment
+        # As in ReplayBuffer, this is the size for each environment
         self.buffer_size = max(buffer_size // n_envs, 1)
         self.horizon = horizon
         self.n_steps = n_steps
         self.checks = ObservationChecks(observation_space, n_envs)
-        # Transitions from a start on that must be stored before it can be sampled
+        # Number of transitions of a sub-trajectory that must be stored before it can be sampled
         self.lookahead = max(horizon, n_steps)
         self.reset()
 
     def reset(self) -> None:
         """
-        Empty the buffer and give its memory back.
+        Empty the buffer and free its memory.
         """
         self.pos = 0
         self.full = False
@@ -126,9 +126,10 @@ class SegmentStorage(ReplayBuffer):
         self._slots: Slots | None = None
         # First slot of the ring of each environment
         self._ring = np.arange(self.n_envs) * self.buffer_size
-        # Write position in each ring: slot of the latest next observation, or of the next first one if no segment is running
+        # Write position in each ring: slot of the last next observation, or of the next first observation if no segment is
+        # running
         self._write_pos = np.zeros(self.n_envs, dtype=np.int64)
-        # Whether a segment is running, and how many transitions it has
+        # Whether a segment is running, and its number of transitions
         self._running = np.zeros(self.n_envs, dtype=bool)
         self._length = np.zeros(self.n_envs, dtype=np.int64)
         self._last_next_obs: dict[str | None, np.ndarray] = {}
@@ -147,13 +148,13 @@ class SegmentStorage(ReplayBuffer):
         if self.buffer_size < smallest:
             raise ValueError(
                 f"The replay buffer has {self.buffer_size} slots for each of {self.n_envs} environments, but a horizon of "
-                f"{self.lookahead} steps takes {smallest}: use a buffer_size of {smallest * self.n_envs} or more."
+                f"{self.lookahead} steps needs {smallest}: use a buffer_size of {smallest * self.n_envs} or more."
             )
 
     def _allocate(self) -> None:
         self.check_size()
         n_slots = self.buffer_size * self.n_envs
-        # With more frames in a stack there might be times when nothing can be sampled
+        # Larger stacks could leave no transition to sample
         max_stack = min(self.buffer_size - self.lookahead - 1, 255)
         dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         self.actions = np.zeros((n_slots, self.action_dim), dtype=dtype)
@@ -161,7 +162,7 @@ class SegmentStorage(ReplayBuffer):
         self._flags = np.zeros(n_slots, dtype=np.uint8)
         self._ages = np.zeros(n_slots, dtype=np.uint8)
         self._priorities = self.priorities_class(n_slots)
-        # Last: this tells that the others are there
+        # Assigned last, as it marks the other arrays as allocated
         self._storages = {
             key: ObservationStorage(subspace, n_slots, max_stack)
             for key, subspace in subspaces_of(self.observation_space).items()
@@ -169,17 +170,17 @@ class SegmentStorage(ReplayBuffer):
 
     @contextmanager
     def _explain_memory_error(self) -> Iterator[None]:
-        """Raise a ``MemoryError`` in this context again with the remedy."""
+        """Add a remedy to a ``MemoryError`` in this context."""
         try:
             yield
         except MemoryError as error:
             raise MemoryError(
-                f"{self.buffer_size * self.n_envs} slots of the replay buffer take more memory than there is: use a smaller "
-                f"buffer_size. {error}"
+                f"The {self.buffer_size * self.n_envs} slots of the replay buffer take more memory than available: use a "
+                f"smaller buffer_size. {error}"
             ) from error
 
     def _check_memory(self) -> None:
-        """Warn if memory will not suffice once every slot is written to, as the buffers of SB3 do."""
+        """Warn like the buffers of SB3 if the full buffer will not fit into memory."""
         if psutil is None:
             return
         size = sum(array.nbytes for array in self._slot_arrays().values())
@@ -205,16 +206,15 @@ class SegmentStorage(ReplayBuffer):
 
     def attach_copy(self, copy: Copy) -> None:
         """
-        Keep a copy of the buffer up to date. From then on its priorities count; whoever asks this buffer for priorities gets
-        those of the copy.
+        Attach a copy, which replaces the previous one. The buffer marks changed slots in it, and takes priorities from it.
 
-        :param copy: told of each slot that changes, instead of the copy before it
+        :param copy: the copy
         """
         self.detach_copy()
         self._copy = copy
 
     def detach_copy(self) -> None:
-        """Take over the priorities of the attached copy, if there is one, and close it."""
+        """Fetch the priorities of the attached copy, if there is one, and close it."""
         self._pull_priorities()
         if self._copy is not None:
             self._copy.close()
@@ -222,7 +222,7 @@ class SegmentStorage(ReplayBuffer):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """
-        :return: arrays with an entry for each slot, or more, as :class:`~sb3_mrq.buffers.slots.Slots` reads them; no copies
+        :return: arrays for :class:`~sb3_mrq.buffers.slots.Slots`, not copies
         """
         arrays = {"actions": self.actions, "rewards": self.rewards, "flags": self._flags, "ages": self._ages}
         arrays |= {name: tensor.numpy() for name, tensor in self._priorities.arrays().items()}
@@ -234,7 +234,7 @@ class SegmentStorage(ReplayBuffer):
 
     def observation_shapes(self) -> dict[Any, tuple[int, ...]]:
         """
-        :return: shape of one whole observation by key of a Dict, under None if the space is no Dict
+        :return: shape of a whole observation by key, with the key None if the space is not a Dict
         """
         return {key: storage.shape for key, storage in self._storages.items()}
 
@@ -249,19 +249,19 @@ class SegmentStorage(ReplayBuffer):
     def sampleable(self, slots: np.ndarray) -> np.ndarray:
         """
         :param slots: (n,)
-        :return: whether a sub-trajectory can start there, bool (n,)
+        :return: whether the transitions in the slots can be sampled, bool (n,)
         """
         return (self._flags[slots] & SAMPLEABLE) != 0
 
     def priorities(self) -> th.Tensor:
         """
-        :return: the priority of each slot, float64 (n_slots,); only those of sampleable slots have a meaning
+        :return: priority of each slot, float64 (n_slots,), undefined for slots that cannot be sampled
         """
         self._pull_priorities()
         return self._priorities.leaves.clone()
 
     def _pull_priorities(self) -> None:
-        """Take over the priorities of the attached copy, if there is one."""
+        """Fetch the priorities of the attached copy, if there is one."""
         if self._copy is not None:
             starts = np.flatnonzero(self._flags & SAMPLEABLE)
             priorities, self._max_priority = self._copy.read_priorities(starts)
@@ -288,13 +288,13 @@ class SegmentStorage(ReplayBuffer):
         Store one transition of each environment.
 
         :param obs: observations, (n_envs, ...) or a dict of these
-        :param next_obs: observations after the step, for an episode that ended its final one, (n_envs, ...)
-        :param action: Box actions scaled to [-1, 1], others as integers of the space, (n_envs, ...)
+        :param next_obs: next observations, or the final observation of an episode that ended, (n_envs, ...)
+        :param action: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, ...)
         :param reward: (n_envs,)
         :param done: whether the episode ended, (n_envs,)
-        :param infos: ``info["TimeLimit.truncated"]`` tells that an episode did not end by termination
+        :param infos: ``info["TimeLimit.truncated"]`` marks an episode that was truncated
         :raises ValueError: if the buffer is too small (at the first call)
-        :raises BadValueError: if an observation or reward cannot be learned from; nothing is stored then
+        :raises BadValueError: if an observation or a reward is invalid; nothing is stored
         """
         if not self._storages:
             with self._explain_memory_error():
@@ -312,12 +312,12 @@ class SegmentStorage(ReplayBuffer):
         self.checks.check(next_obs, "final observation" if ended else "observation")
         next_obs_ = self._cast(next_obs)
         self.checks.check_form(obs)
-        with np.errstate(invalid="ignore", over="ignore"):  # what casting spoils is refused below
+        with np.errstate(invalid="ignore", over="ignore"):  # values that overflow are rejected below
             obs_ = self._cast(obs)
         continues = self._continues(obs_)
         all_continue = np.count_nonzero(continues) == self.n_envs
         if not all_continue:
-            # The others have been checked as next observations of the step before
+            # Otherwise they have been checked as next observations of the previous step
             self.checks.check(obs)
             self._close(self._running & ~continues)
 
@@ -341,7 +341,7 @@ class SegmentStorage(ReplayBuffer):
             flags[terminated] |= TERMINATED
             self.has_terminated |= bool(terminated.any())
         self._changed(slots)
-        # Next to each other, since they would not fit together after Ctrl-C between them
+        # Consecutive statements, so that Ctrl-C is unlikely to leave them inconsistent
         self._flags[slots] = flags
         self._n_stored += self.n_envs
         self.n_added += self.n_envs
@@ -362,7 +362,7 @@ class SegmentStorage(ReplayBuffer):
     def _prepare_storages(
         self, obs: dict[str | None, np.ndarray], next_obs: dict[str | None, np.ndarray], beginning: np.ndarray
     ) -> None:
-        """Allocate the storages at the first transitions, and let those that new ones do not fit store whole observations."""
+        """Allocate the storages at the first transition, or convert them if observations do not fit the storage format."""
         changed = False
         for key, storage in self._storages.items():
             if not storage.data.size:
@@ -378,7 +378,7 @@ class SegmentStorage(ReplayBuffer):
             self._check_memory()
 
     def _stored_observations(self, key: str | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Slots, (m,), and the observations there, (m, ...), a few hundred at a time."""
+        """Iterate over used slots, (m,), and their observations, (m, ...), a few hundred at a time."""
         stored = np.flatnonzero(self._flags & HAS_OBSERVATION)
         for first in range(0, len(stored), 256):
             slots = stored[first : first + 256]
@@ -386,8 +386,8 @@ class SegmentStorage(ReplayBuffer):
 
     def _continues(self, obs: dict[str | None, np.ndarray]) -> np.ndarray:
         """
-        :param obs: of all environments
-        :return: where they are the next observations of the step before, in a segment that is running, bool (n_envs,)
+        :param obs: observations of all environments, (n_envs, ...) each
+        :return: whether they continue the running segments, as the next observations of the previous step, bool (n_envs,)
         """
         continues = self._running
         if np.count_nonzero(continues):
@@ -398,11 +398,11 @@ class SegmentStorage(ReplayBuffer):
 
     def _write_observations(self, slots: np.ndarray, obs: dict[str | None, np.ndarray], ages: np.ndarray | None) -> None:
         """
-        Write observations over whatever the slots hold.
+        Write observations, and remove transitions that are overwritten.
 
         :param slots: (m,)
-        :param obs: (m, ...) each
-        :param ages: ages of the observations before them, (m,), None if they begin a segment
+        :param obs: observations by key, (m, ...) each
+        :param ages: ages of the previous observations, (m,), None if the observations begin a segment
         """
         self._evict(slots)
         for key, storage in self._storages.items():
@@ -416,7 +416,7 @@ class SegmentStorage(ReplayBuffer):
             self._copy.mark(slots, activated)
 
     def _evict(self, slots: np.ndarray) -> None:
-        """Remove the transitions that start at the slots, or need them for their stack of frames."""
+        """Remove transitions that start in the slots, or whose frame stack needs them."""
         if not self.full:
             return
         depth = max(storage.n_stack for storage in self._storages.values())
@@ -436,7 +436,7 @@ class SegmentStorage(ReplayBuffer):
         self._changed(slots)
 
     def _activate(self, slots: np.ndarray) -> None:
-        """Let sub-trajectories start at the slots from now on."""
+        """Make the transitions in the slots sampleable."""
         self._flags[slots] |= SAMPLEABLE
         self._set_priorities(slots, self._max_priority)
         self.n_sampleable += len(slots)
@@ -446,7 +446,7 @@ class SegmentStorage(ReplayBuffer):
         self._priorities.set(th.from_numpy(slots), th.tensor(priority, dtype=th.float64))
 
     def _close(self, envs: np.ndarray) -> None:
-        """End the running segment of some environments, bool (n_envs,), at its last observation, which keeps its slot."""
+        """End the running segments of some environments, bool (n_envs,)."""
         if not envs.any():
             return
         ring, write_pos, length = self._ring[envs, None], self._write_pos[envs, None], self._length[envs, None]
@@ -463,13 +463,13 @@ class SegmentStorage(ReplayBuffer):
 
     @property
     def between_episodes(self) -> bool:
-        """Whether the next transitions of all environments begin new episodes."""
+        """Whether the next transition of each environment begins a new episode."""
         return not self._running.any()
 
     def empty_copy(self: SelfStorage, buffer_size: int) -> SelfStorage:
         """
         :param buffer_size: number of slots for each environment
-        :return: an empty buffer of this size, otherwise like this one
+        :return: an empty buffer of this size, with otherwise the same arguments
         """
         buffer = copy(self)
         buffer.buffer_size = buffer_size
@@ -478,7 +478,7 @@ class SegmentStorage(ReplayBuffer):
 
     def get_state(self) -> BufferState:
         """
-        :return: everything that ``set_state`` of a buffer with the same arguments needs to hold the same
+        :return: contents of the buffer, for ``set_state`` of a buffer with the same arguments
         """
         self._pull_priorities()
         numbers = {
@@ -498,11 +498,11 @@ class SegmentStorage(ReplayBuffer):
 
     def set_state(self, numbers: dict[str, Any], fill: Callable[[BufferState], None]) -> None:
         """
-        Hold what another buffer with the same arguments held, and nothing else. After an error the buffer is empty.
+        Replace the contents by the contents of another buffer with the same arguments. After an error the buffer is empty.
 
-        :param numbers: those of its state
-        :param fill: called once, with a state whose arrays are zero and are to be filled
-        :raises ValueError: if it cannot be the state of a buffer with these arguments
+        :param numbers: ``numbers`` of the state of the other buffer
+        :param fill: called once with a state, whose arrays it must fill in place
+        :raises ValueError: if the state is inconsistent, or does not fit the arguments
         """
         self.reset()
         try:
@@ -510,7 +510,6 @@ class SegmentStorage(ReplayBuffer):
                 self._allocate()
                 for key, state in numbers["storages"]:
                     self._storages[key].set_state(state)
-                # To be filled
                 self._last_next_obs = {
                     key: np.zeros((self.n_envs, *storage.shape), dtype=storage.dtype)
                     for key, storage in self._storages.items()
@@ -537,7 +536,7 @@ class SegmentStorage(ReplayBuffer):
         return {**arrays, "priorities": self._priorities.leaves.numpy()}
 
     def _environment_arrays(self) -> dict[str, np.ndarray]:
-        # The names are those of the files of 0.1
+        # Names as in files of version 0.1
         arrays = {"head": self._write_pos, "running": self._running, "length": self._length}
         for key, value in self._last_next_obs.items():
             arrays[f"last_next_obs{'' if key is None else f' {key}'}"] = value
@@ -545,25 +544,24 @@ class SegmentStorage(ReplayBuffer):
 
     def _rebuild_priorities(self) -> None:
         """
-        Complete the priorities after their leaves were written to.
+        Recompute the sums of priorities after the leaves were written to, and check the state.
 
-        :raises ValueError: if what the buffer holds does not fit together
+        :raises ValueError: if the state is inconsistent
         """
         priorities = self._priorities.leaves.numpy()
         if not (self._flags & SAMPLEABLE).any():
-            # Files of 0.1 do not have this flag
+            # Files of version 0.1 do not have this flag
             self._flags[np.flatnonzero(priorities)] |= SAMPLEABLE
         n_stored, n_sampleable = (int(np.count_nonzero(self._flags & flag)) for flag in (HAS_TRANSITION, SAMPLEABLE))
         if (n_stored, n_sampleable) != (self._n_stored, self.n_sampleable):
             raise ValueError(
-                f"There are {n_stored} transitions, {n_sampleable} to be sampled, but there should be {self._n_stored}, "
-                f"{self.n_sampleable} to be sampled."
+                f"The flags mark {n_stored} transitions, of which {n_sampleable} can be sampled, but the counters are "
+                f"{self._n_stored} and {self.n_sampleable}."
             )
         if not (priorities.max() < np.inf and priorities.min() >= 0 and 0 < self._max_priority < np.inf):
-            raise ValueError("There are priorities that are negative or not finite.")
+            raise ValueError("A priority is negative or not finite.")
         if ((self._write_pos < 0) | (self._write_pos >= self.buffer_size) | (self._length < 0)).any():
-            raise ValueError("The next slot to write to is outside the buffer.")
-        self._priorities.advance(self.n_added)
+            raise ValueError("A write position is outside the buffer, or the length of a segment is negative.")
         for first in range(0, len(priorities), self.CHUNK):
             if priorities[first : first + self.CHUNK].any():
                 self._priorities.rebuild(first, min(first + self.CHUNK, len(priorities)))

@@ -211,7 +211,7 @@ def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
 
 def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
     """
-    Unroll the linear model from every state along the actions taken, as in the encoder loss, and compare with the episodes.
+    Unroll the linear model from every state with the actions taken, as in the encoder loss, and compare with the episodes.
 
     :param model: the model
     :param episodes: episodes from :func:`sb3_mrq.diagnostics.episodes.play`

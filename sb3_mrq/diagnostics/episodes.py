@@ -40,7 +40,7 @@ class Episode:
     :param actions: action vectors, (m, A)
     :param rewards: rewards, normalised if they are in training, (m,)
     :param original_return: undiscounted return before normalisation
-    :param terminated: whether it terminated, False if it was truncated or cut off
+    :param terminated: whether the episode terminated, False if it was truncated or cut off
     """
 
     z_s: np.ndarray
@@ -65,7 +65,7 @@ def no_side_effects(model: BaseAlgorithm) -> Iterator[None]:
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = [model.device] if model.device.type == "cuda" else []
-    # The generator belongs to the space, which several environments may share
+    # The generator of the space, which several environments may share
     space = model.action_space._np_random
     space_state = None if space is None else space.bit_generator.state
     training = model.policy.training
@@ -86,14 +86,14 @@ def wrap_env(model: MRQ, env: GymEnv | str) -> VecEnv:
     :param model: the model that acts in the environment
     :param env: an environment, a ``VecEnv`` or an environment id
     :return: the environment, wrapped for the model
-    :raises ValueError: if its spaces differ from the model's, or if it lacks the ``VecNormalize`` of training
+    :raises ValueError: if its spaces do not match the model, or if it is not wrapped in ``VecNormalize`` as in training
     """
     vec_env = model._wrap_env(gym.make(env) if isinstance(env, str) else env, monitor_wrapper=False)
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
     if model.get_vec_normalize_env() is not None and unwrap_vec_normalize(vec_env) is None:
         raise ValueError(
-            "The model is trained with VecNormalize, but the environment of the diagnosis has none: wrap it in "
-            "VecNormalize(env, training=False) too. The statistics of the training environment are used."
+            "The model is trained with VecNormalize, but the environment of the diagnosis is not wrapped: wrap it in "
+            "VecNormalize(env, training=False). The statistics of the training environment are used."
         )
     return vec_env
 
@@ -105,7 +105,7 @@ def _normalization_of_training(model: MRQ, env: VecEnv) -> Iterator[VecNormalize
 
     :param model: the model; without a training environment, the statistics of ``env`` are used
     :param env: the environment
-    :return: its ``VecNormalize``, if it has one
+    :return: context that returns its ``VecNormalize``, None if it has none
     """
     normalization = unwrap_vec_normalize(env)
     if normalization is None:
@@ -127,7 +127,7 @@ def _normalization_of_training(model: MRQ, env: VecEnv) -> Iterator[VecNormalize
 
 class _Recorder:
     """
-    Recorder of the running episode of one environment. Observations are embedded in batches and not kept, as images of long
+    Records the running episode of one environment. Observations are embedded in batches and then discarded, as images of long
     episodes would not fit into memory.
 
     :param model: the model that acts
@@ -286,4 +286,4 @@ def play(
         for i in range(n_envs):
             if len(episodes[i]) < wanted[i] and recorders[i].rewards:
                 episodes[i].append(recorders[i].finish(at(obs, i), terminated=False))
-    return [episode for of_one in episodes for episode in of_one]
+    return [episode for env_episodes in episodes for episode in env_episodes]

@@ -85,7 +85,7 @@ def draw(diagnosis: Any) -> dict[str, Figure]:
     return figures
 
 
-def _some(n: int) -> np.ndarray:
+def _subsample(n: int) -> np.ndarray:
     """Indices of at most ``_POINTS`` of n points, evenly spaced."""
     return np.unique(np.linspace(0, n - 1, min(n, _POINTS)).astype(int)) if n else np.arange(0)
 
@@ -94,7 +94,7 @@ def _number(value: float) -> str:
     return "undefined" if np.isnan(value) else f"{value:.2f}" if abs(value) < 99.5 else f"{value:.3g}"
 
 
-def _say(axes: Axes, text: str) -> None:
+def _empty_panel(axes: Axes, text: str) -> None:
     """Explain an empty panel."""
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
@@ -131,11 +131,11 @@ def _draw_model(diagnosis: Any, figure: Figure) -> None:
         if np.isnan(r2).all():
             if name == "embedding":
                 axes.set_title(title)
-                _say(axes, "The embedding\ndoes not vary.")
+                _empty_panel(axes, "The embedding\ndoes not vary.")
                 continue
             if name == "termination" and not accuracy.n_terminated.any():
                 axes.set_title(title)
-                _say(axes, "No episode terminated.")
+                _empty_panel(axes, "No episode terminated.")
                 continue
             rmse = getattr(accuracy, f"{name}_rmse")
             unit = f" ({diagnosis.reward_unit})" if name == "reward" else ""
@@ -167,14 +167,14 @@ def _scatter(axes: Axes, x: np.ndarray, y: np.ndarray, colour: Any, **kwargs: An
     """
     finite = np.isfinite(x) & np.isfinite(y)
     if not finite.any():
-        _say(axes, "There are no finite values.")
+        _empty_panel(axes, "There are no finite values.")
         return None
     both = np.concatenate([x[finite], y[finite]])
     low, high = both.min(), both.max()
     margin = 0.04 * (high - low) or max(abs(high), 1.0) * 0.04
     limits = (low - margin, high + margin)
     axes.plot(limits, limits, color="#4a4f57", linewidth=1, linestyle="--", zorder=2)
-    shown = np.flatnonzero(finite)[_some(int(finite.sum()))]
+    shown = np.flatnonzero(finite)[_subsample(int(finite.sum()))]
     colours = colour[shown] if isinstance(colour, np.ndarray) else colour
     drawn = axes.scatter(x[shown], y[shown], c=colours, s=9, linewidths=0, zorder=3, rasterized=True, **kwargs)
     axes.set(xlim=limits, ylim=limits)
@@ -198,7 +198,7 @@ def _draw_spectrum(axes: Axes, health: EmbeddingHealth) -> None:
     shares = health.spectrum[health.spectrum > 0]
     axes.set_title(f"{health.name}: effective rank {health.effective_rank:.1f} of {health.dim}")
     if len(shares) == 0:
-        _say(axes, "It does not vary.")
+        _empty_panel(axes, "It does not vary.")
         return
     axes.plot(np.arange(1, len(shares) + 1), shares, color=BLUE, marker=".", markersize=4)
     axes.axvline(health.effective_rank, color=BLUE, linestyle=":", label="effective rank")
@@ -238,18 +238,18 @@ def _draw_collapse(diagnosis: Any, figure: Figure) -> None:
     figure.suptitle(verdict, color=RED if diagnosis.flags else "#1c7a3e", fontsize=10.5, x=0.01, ha="left")
 
 
-def _marks(path: np.ndarray, apart: float = 0.14) -> list[int]:
+def _numbered_steps(path: np.ndarray, min_distance: float = 0.14) -> list[int]:
     """
-    Steps of a path to number: the first, the last, and steps in between that are far enough apart on the map.
+    Select steps of a path to number: the first, the last, and steps in between that are far enough apart on the map.
 
     :param path: path relative to the size of the map, (T, 2)
-    :param apart: minimum distance between two numbers
+    :param min_distance: minimum distance between two numbers
     :return: indices of the steps
     """
     last = len(path) - 1
     chosen = [0] if last == 0 else [0, last]
     for step in np.unique(np.linspace(0, last, 41).astype(int)):
-        if np.linalg.norm(path[chosen] - path[step], axis=1).min() >= apart:
+        if np.linalg.norm(path[chosen] - path[step], axis=1).min() >= min_distance:
             chosen.append(int(step))
     return chosen
 
@@ -259,7 +259,7 @@ def _draw_map(diagnosis: Any, figure: Figure) -> None:
 
     embedded = diagnosis.map
     axes: Any = figure.subplots()
-    background = _some(len(embedded.points))
+    background = _subsample(len(embedded.points))
     axes.scatter(*embedded.points[background].T, s=6, color="#d5d8dc", linewidths=0, label="other episodes", rasterized=True)
     path, values = embedded.points[embedded.episode], embedded.values[embedded.episode]
     lines = LineCollection(
@@ -268,7 +268,7 @@ def _draw_map(diagnosis: Any, figure: Figure) -> None:
     axes.add_collection(lines)
     points = axes.scatter(*path.T, c=values, cmap="viridis", s=20, linewidths=0, zorder=3)
     last = len(path) - 1
-    for step in _marks(path / np.maximum(np.ptp(embedded.points, axis=0), 1e-12)):
+    for step in _numbered_steps(path / np.maximum(np.ptp(embedded.points, axis=0), 1e-12)):
         name = {0: "start", last: f"end, {last}"}.get(step, str(step))
         marker, size = {0: ("o", 10), last: ("s", 10)}.get(step, ("o", 6))
         axes.plot(*path[step], marker, color="black", markerfacecolor="none", markersize=size, markeredgewidth=1.2, zorder=4)
@@ -300,7 +300,7 @@ def _draw_returns(diagnosis: Any, figure: Figure) -> None:
         if returns.tail_weight[counted].any():
             figure.colorbar(drawn, ax=panels[0], label="weight of the bootstrapped value", fraction=0.045, pad=0.02)
     else:
-        _say(panels[0], "All episodes were truncated too early.")
+        _empty_panel(panels[0], "All episodes were truncated too early.")
     panels[0].set(xlabel=f"realised discounted return ({unit})", ylabel=f"predicted ({unit})")
     predicted, realised = returns.predicted[returns.episode], returns.realised[returns.episode]
     steps = np.arange(len(predicted))

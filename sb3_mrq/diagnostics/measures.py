@@ -100,7 +100,7 @@ def ridge_probe(features: np.ndarray, targets: np.ndarray, episodes: np.ndarray,
         return RidgeProbe(float("nan"), np.full(len(targets), np.nan))
     scaler = StandardScaler()
     features = scaler.fit_transform(np.asarray(features, dtype=np.float64))
-    # Scaled to unit variance, the rounding errors of a constant feature would be noise
+    # Scaling to unit variance turns the rounding errors of a constant feature into noise
     features[:, scaler.var_ <= ROUNDING * (scaler.var_ + np.square(scaler.mean_))] = 0
     fold = folds(episodes, n_folds)
     predictions = np.empty(len(targets))
@@ -124,7 +124,7 @@ def singular_values(embeddings: np.ndarray) -> np.ndarray:
     centred = np.asarray(embeddings, dtype=np.float64)
     scale = np.square(centred).sum()
     centred = centred - centred.mean(axis=0)
-    # Eigenvalues of the smaller Gram matrix: there may be many more samples than dimensions
+    # Eigenvalues of the smaller Gram matrix, as there may be many more samples than dimensions
     product = centred.T @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.T
     values = np.sqrt(np.clip(np.linalg.eigvalsh(product)[::-1], 0, None))
     if np.square(values).sum() <= ROUNDING * scale:

@@ -1,5 +1,5 @@
 """
-What a diagnosis consists of: the numbers of each item, with the limits that tell whether they are as they should be.
+Results of a diagnosis: the numbers of each item, and the limits beyond which an embedding is flagged.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class EmbeddingHealth:
         flags = []
         if self.variation <= CONSTANT:
             flags.append(
-                f"{self.name} is constant: it varies by {self.variation:.2g} of its size (limit {CONSTANT:g}), so that it "
-                "hardly distinguishes states."
+                f"{self.name} is constant: it varies by {self.variation:.2g} of its size (limit {CONSTANT:g}), so it hardly "
+                "distinguishes states."
             )
         elif self.effective_rank < LOW_RANK:
             flags.append(

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     ) from error
 except (ImportError, AttributeError, RuntimeError) as error:
     # Raised by dm_control and PyOpenGL if the library named by MUJOCO_GL does not work
-    raise rendering.failure() from error
+    raise rendering.rendering_error() from error
 
 ACTION_REPEAT = 2
 IMAGE_SIZE = 84
@@ -43,15 +43,15 @@ FRAME_SIZE = 480
 def _without_deprecations() -> Iterator[None]:
     """Suppress MuJoCo's messages, logged by dm_control, about deprecated features in the suite's own models."""
 
-    def worth_reading(record: logging.LogRecord) -> bool:
+    def is_not_deprecation(record: logging.LogRecord) -> bool:
         return "deprecated" not in record.getMessage()
 
     logger = logging.getLogger("absl")
-    logger.addFilter(worth_reading)
+    logger.addFilter(is_not_deprecation)
     try:
         yield
     finally:
-        logger.removeFilter(worth_reading)
+        logger.removeFilter(is_not_deprecation)
 
 
 class DMControlEnv(DmControlCompatibilityV0):
@@ -125,7 +125,7 @@ class DMControlEnv(DmControlCompatibilityV0):
         try:
             _ = self._env.physics.contexts  # created on first access
         except Exception as error:  # its type depends on backend and cause
-            raise rendering.failure() from error
+            raise rendering.rendering_error() from error
 
     def render(self) -> np.ndarray | None:
         return self.pixels(FRAME_SIZE) if self.render_mode == "rgb_array" else None
@@ -133,7 +133,7 @@ class DMControlEnv(DmControlCompatibilityV0):
 
 class PixelObservation(gym.ObservationWrapper, RecordConstructorArgs):
     """
-    Observe the image of the camera instead of the state. Each observation is rendered once.
+    Replace observations of the state by images of the camera. Each observation is rendered once.
 
     :param env: a :class:`DMControlEnv`, with or without wrappers
     :param size: height and width of the uint8 images (3, size, size)
@@ -156,11 +156,11 @@ class PixelObservation(gym.ObservationWrapper, RecordConstructorArgs):
 
 
 def _make(domain: str, task: str, render_mode: str | None) -> gym.Env:
-    # "human" is left to HumanRendering, which works with any backend and shows one frame per agent step
+    # HumanRendering implements "human". It works with any backend, and shows one frame per agent step.
     return ActionRepeat(DMControlEnv(domain, task, "rgb_array" if render_mode == "human" else render_mode), ACTION_REPEAT)
 
 
-def _display(env: gym.Env, render_mode: str | None) -> gym.Env:
+def _wrap_human_rendering(env: gym.Env, render_mode: str | None) -> gym.Env:
     return HumanRendering(env) if render_mode == "human" else env
 
 
@@ -171,7 +171,7 @@ def make_dmc(domain: str, task: str, render_mode: str | None = None) -> gym.Env:
     :param render_mode: None, ``human`` or ``rgb_array``
     :return: the task with flat observations of the state, float64 (n,), and an action repeat of 2
     """
-    return _display(FlattenObservation(_make(domain, task, render_mode)), render_mode)
+    return _wrap_human_rendering(FlattenObservation(_make(domain, task, render_mode)), render_mode)
 
 
 def make_dmc_visual(domain: str, task: str, render_mode: str | None = None) -> gym.Env:
@@ -183,4 +183,4 @@ def make_dmc_visual(domain: str, task: str, render_mode: str | None = None) -> g
     :raises RuntimeError: if MuJoCo cannot render here
     """
     env = FrameStackObservation(PixelObservation(_make(domain, task, render_mode), IMAGE_SIZE), STACK_SIZE)
-    return _display(ReshapeObservation(env, (3 * STACK_SIZE, IMAGE_SIZE, IMAGE_SIZE)), render_mode)
+    return _wrap_human_rendering(ReshapeObservation(env, (3 * STACK_SIZE, IMAGE_SIZE, IMAGE_SIZE)), render_mode)

@@ -2,7 +2,7 @@
 Choice of MuJoCo's OpenGL library without a display.
 
 By default dm_control and gymnasium use the first library that can be imported, GLFW, which needs a display. dm_control cannot
-switch to another one later.
+switch to another library later.
 """
 
 import os
@@ -36,7 +36,7 @@ def _works(backend: str) -> bool:
     return probe.returncode == 0
 
 
-def failure() -> RuntimeError:
+def rendering_error() -> RuntimeError:
     """
     :return: the error to raise if MuJoCo cannot render
     """
@@ -48,6 +48,6 @@ def failure() -> RuntimeError:
     return RuntimeError(
         f"MuJoCo cannot render: {VARIABLE} is {os.environ.get(VARIABLE, 'not set')}. Without a display it needs EGL "
         "(apt-get install libegl1 libgl1 libgl1-mesa-dri, or the driver of the GPU) or OSMesa (apt-get install libosmesa6). "
-        f"Install one and restart with {VARIABLE} unset. Tasks with observations of the state need neither, unless they are "
-        "rendered."
+        f"Install one and restart with {VARIABLE} unset. Tasks with observations of the state need neither, unless they "
+        "are rendered."
     )

@@ -1,5 +1,5 @@
 """
-Wrappers that gymnasium lacks, or cannot pickle.
+Wrappers that gymnasium lacks or that it cannot pickle.
 """
 
 from collections.abc import Callable

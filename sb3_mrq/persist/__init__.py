@@ -1,3 +1,3 @@
 """
-What outlives a process: checkpoints, stopping on a signal, files of models, weights and replay buffers.
+Checkpoints, stopping on a signal, and files of weights and replay buffers.
 """

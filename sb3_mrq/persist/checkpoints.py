@@ -1,8 +1,8 @@
 """
-Checkpoints: a folder each with everything that training depends on, from which it goes on as if it had never stopped.
+Checkpoints: folders with the complete state of training.
 
-A checkpoint has its name only once it is complete and on the disk. Until then, and while it is deleted, the name begins with
-``.tmp-``; such a folder is of no use and is cleared away by the next checkpoint.
+A checkpoint gets its name only when it is complete and on the disk. Before that, and while it is deleted, its name begins with
+``.tmp-``. The next checkpoint deletes leftover folders of this kind.
 """
 
 import base64
@@ -36,7 +36,7 @@ from sb3_mrq.persist.replay_files import ReplayFileError
 VERSION = 1
 INFO = "checkpoint.json"
 MODEL = "model.zip"
-# Named as the zoo looks for it beside a model
+# Names that rl-zoo3 expects in the folder of a model
 REPLAY_BUFFER = "replay_buffer.pkl"
 VEC_NORMALIZE = "vecnormalize.pkl"
 NAME = re.compile(r"(?P<prefix>.+)_(?P<number>\d{6,})_(?P<num_timesteps>\d+)_steps")
@@ -50,17 +50,17 @@ class CheckpointError(OSError):
 
 class DamagedCheckpointError(ValueError):
     """
-    A checkpoint is not as it was written.
+    A checkpoint is incomplete or has changed since it was written.
     """
 
 
 class Checkpoint(NamedTuple):
     """
-    A complete checkpoint, as far as its name tells.
+    A checkpoint, from its name.
 
-    :param path: its folder
-    :param number: running number from 1, over all runs with this prefix in the folder
-    :param num_timesteps: steps of the model it was made after
+    :param path: path of its folder
+    :param number: consecutive number from 1, over all runs with this prefix in the folder
+    :param num_timesteps: number of timesteps of the model
     """
 
     path: Path
@@ -70,8 +70,8 @@ class Checkpoint(NamedTuple):
 
 def get_generators(model: Any) -> dict[str, Any]:
     """
-    :param model: whose action space and device to include
-    :return: the states of all random generators that training draws from, for a JSON file
+    :param model: the model
+    :return: states of all random generators that training uses, in JSON types
     """
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state(legacy=False)
@@ -88,8 +88,8 @@ def get_generators(model: Any) -> dict[str, Any]:
 
 def set_generators(model: Any, states: dict[str, Any]) -> None:
     """
-    :param model: whose action space and device are meant
-    :param states: from ``get_generators``
+    :param model: the model
+    :param states: result of ``get_generators``
     """
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
@@ -97,7 +97,7 @@ def set_generators(model: Any, states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"] | {"state": states["numpy"]["state"] | {"key": key}})
     th.set_rng_state(_decode(states["torch"]))
     model.action_space.np_random.bit_generator.state = states["action_space"]
-    # Another machine may have another number of them
+    # The number of devices may differ between machines
     if model.device.type == "cuda":
         for i, state in enumerate(states.get("cuda", [])[: th.cuda.device_count()]):
             th.cuda.set_rng_state(_decode(state), i)
@@ -113,9 +113,9 @@ def _decode(text: str) -> th.Tensor:
 
 def list_checkpoints(folder: str | Path, name_prefix: str = "mrq") -> list[Checkpoint]:
     """
-    :param folder: where checkpoints are
-    :param name_prefix: what their names begin with
-    :return: the complete ones, newest first
+    :param folder: folder of checkpoints
+    :param name_prefix: common prefix of their names
+    :return: the complete checkpoints, newest first
     """
     found = []
     for path in Path(folder).iterdir():
@@ -127,9 +127,9 @@ def list_checkpoints(folder: str | Path, name_prefix: str = "mrq") -> list[Check
 
 def newest_with_model(folder: str | Path, name_prefix: str = "mrq") -> Path | None:
     """
-    :param folder: where checkpoints are
-    :param name_prefix: what their names begin with
-    :return: the newest one whose model is there, None if there is none
+    :param folder: folder of checkpoints
+    :param name_prefix: common prefix of their names
+    :return: path of the newest checkpoint with a file of the model, None if there is none
     """
     paths = (checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix))
     return next((path for path in paths if (path / MODEL).is_file()), None)
@@ -139,24 +139,24 @@ def write_checkpoint(model: Any, folder: str | Path, name_prefix: str = "mrq", k
     """
     Write model, replay buffer, statistics of ``VecNormalize`` and random generators as one unit.
 
-    :param model: a :class:`~sb3_mrq.off_policy_algorithm.ResumableOffPolicyAlgorithm`, not within an update or between a step
-        of the environment and its storing
-    :param folder: an existing folder for checkpoints, for one run of training at a time
-    :param name_prefix: what the names of checkpoints begin with
-    :param keep_last: how many of this run's checkpoints to keep, None for all
-    :return: the folder of the checkpoint
-    :raises CheckpointError: if it cannot be written; complete checkpoints stay as they are then
-    :raises DivergedError: if there is a weight that is not finite, from which training could not go on
+    :param model: a :class:`~sb3_mrq.off_policy_algorithm.ResumableOffPolicyAlgorithm`, not during an update or a step of the
+        environment
+    :param folder: an existing folder for checkpoints of one run at a time
+    :param name_prefix: common prefix of the names of checkpoints
+    :param keep_last: how many checkpoints of this run to keep, None for all
+    :return: path of the checkpoint
+    :raises CheckpointError: if the checkpoint cannot be written; existing checkpoints do not change
+    :raises DivergedError: if a weight is not finite
     """
     if not all(th.isfinite(parameter).all() for parameter in model.policy.parameters()):
-        raise DivergedError("there are weights that are not finite")
+        raise DivergedError("weights are not finite")
     folder = Path(folder)
     temporary = None
     try:
-        _clear(folder, name_prefix)
+        _delete_leftovers(folder, name_prefix)
         number = max((checkpoint.number for checkpoint in list_checkpoints(folder, name_prefix)), default=0) + 1
         path = folder / f"{name_prefix}_{number:06d}_{model.num_timesteps}_steps"
-        # A damaged one of that name is not there any more
+        # A damaged checkpoint with this name no longer exists
         model.damaged_checkpoints = [name for name in model.damaged_checkpoints if name != path.name]
         temporary = folder / f"{TEMPORARY}{path.name}"
         temporary.mkdir()
@@ -171,7 +171,8 @@ def write_checkpoint(model: Any, folder: str | Path, name_prefix: str = "mrq", k
             raise
         raise CheckpointError(
             error.errno or errno.EIO,
-            f"No checkpoint could be written to {folder}: {error.strerror or error}. {_what_remains(folder, name_prefix)}",
+            f"The checkpoint could not be written to {folder}: {error.strerror or error}. "
+            f"{_describe_remaining(folder, name_prefix)}",
         ) from error
     if keep_last is not None:
         _delete_old(folder, name_prefix, model, keep_last)
@@ -181,11 +182,11 @@ def write_checkpoint(model: Any, folder: str | Path, name_prefix: str = "mrq", k
 def _write_files(model: Any, folder: Path) -> None:
     if model.run_id is None:
         model.run_id = uuid4().hex
-    # By way of memory, as an error while writing to a file comes out of torch as one without a reason
+    # Saved to memory first, as torch hides the reason of errors in writing to a file
     content = io.BytesIO()
     model.save(content)
     (folder / MODEL).write_bytes(content.getbuffer())
-    # Synchronised when it is written, as a file of its own
+    # Already synchronised with the disk
     model.save_replay_buffer(folder / REPLAY_BUFFER)
     vec_normalize = model.get_vec_normalize_env()
     if vec_normalize is not None:
@@ -205,7 +206,7 @@ def _write_files(model: Any, folder: Path) -> None:
 
 def _describe_file(path: Path) -> dict[str, int]:
     size = {"size": path.stat().st_size}
-    # The replay buffer may be large, and has checksums of its own
+    # The file of the replay buffer may be large, and contains checksums
     return size if path.name == REPLAY_BUFFER else {**size, "crc32": zlib.crc32(path.read_bytes())}
 
 
@@ -213,8 +214,8 @@ def _checksum(info: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(info, sort_keys=True).encode())
 
 
-def _clear(folder: Path, name_prefix: str) -> None:
-    """Delete what saves and deletions that were cut short have left behind."""
+def _delete_leftovers(folder: Path, name_prefix: str) -> None:
+    """Delete temporary folders of interrupted saves and deletions."""
     for path in folder.iterdir():
         match = NAME.fullmatch(path.name.removeprefix(TEMPORARY))
         if path.name.startswith(TEMPORARY) and match and match["prefix"] == name_prefix:
@@ -222,15 +223,15 @@ def _clear(folder: Path, name_prefix: str) -> None:
 
 
 def _delete_old(folder: Path, name_prefix: str, model: Any, keep_last: int) -> None:
-    ours = [checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix) if _is_of(checkpoint.path, model)]
-    # One that could not be resumed from does not count
-    usable = [path for path in ours if path.name not in model.damaged_checkpoints]
+    paths = [checkpoint.path for checkpoint in list_checkpoints(folder, name_prefix) if _is_of_run(checkpoint.path, model)]
+    # Damaged checkpoints are not counted
+    usable = [path for path in paths if path.name not in model.damaged_checkpoints]
     if len(usable) < keep_last:
         return
-    for path in ours[ours.index(usable[keep_last - 1]) + 1 :]:
+    for path in paths[paths.index(usable[keep_last - 1]) + 1 :]:
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
         try:
-            # Deleting takes a while, in which it would be an incomplete one under the name of a complete one
+            # Renamed first, so that a partly deleted checkpoint does not look complete
             path.rename(temporary)
         except OSError as error:
             warnings.warn(f"The old checkpoint {path} could not be deleted: {error}", stacklevel=4)
@@ -238,35 +239,35 @@ def _delete_old(folder: Path, name_prefix: str, model: Any, keep_last: int) -> N
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_of(path: Path, model: Any) -> bool:
-    # Those of other runs are not this one's to delete
+def _is_of_run(path: Path, model: Any) -> bool:
+    # Checkpoints of other runs are not deleted
     with contextlib.suppress(DamagedCheckpointError, OSError):
         return _read_info(path)["run_id"] == model.run_id
     return False
 
 
-def _what_remains(folder: Path, name_prefix: str) -> str:
+def _describe_remaining(folder: Path, name_prefix: str) -> str:
     try:
         remaining = list_checkpoints(folder, name_prefix)
     except OSError:
-        return "The folder cannot be read any more."
+        return "The folder cannot be read."
     if not remaining:
-        return "It holds no complete checkpoint yet."
-    return f"The newest complete one there is {remaining[0].path.name}, of step {remaining[0].num_timesteps}."
+        return "The folder contains no complete checkpoint."
+    return f"The newest complete checkpoint is {remaining[0].path.name}, at step {remaining[0].num_timesteps}."
 
 
 def _read_info(path: Path) -> dict[str, Any]:
     """
-    :raises DamagedCheckpointError: if it is not as it was written
+    :raises DamagedCheckpointError: if the information is missing or damaged
     """
     try:
         content = json.loads((path / INFO).read_text())
         info = content["info"]
         intact = _checksum(info) == content["crc32"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedCheckpointError(f"{INFO} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"The file {path / INFO} cannot be read: {error}.") from error
     if not intact:
-        raise DamagedCheckpointError(f"{INFO} has a wrong checksum")
+        raise DamagedCheckpointError(f"The file {path / INFO} is damaged: its checksum is wrong.")
     return info
 
 
@@ -274,19 +275,19 @@ def _check_files(path: Path) -> dict[str, Any]:
     """
     :param path: a checkpoint
     :return: its information
-    :raises DamagedCheckpointError: if a file is missing or not as it was written; the replay buffer is checked when it is read
-    :raises ValueError: if it has another version
+    :raises DamagedCheckpointError: if a file is missing or damaged; the contents of the replay buffer are checked on loading
+    :raises ValueError: if the version is not supported
     """
     info = _read_info(path)
     if info["version"] != VERSION:
-        raise ValueError(f"{path} has the version {info['version']}, of which this version of sb3-mrq knows only {VERSION}.")
+        raise ValueError(f"{path} has the version {info['version']}, but this version of sb3-mrq only supports {VERSION}.")
     for name, description in info["files"].items():
         try:
             found = _describe_file(path / name)
         except OSError as error:
-            raise DamagedCheckpointError(f"{name} cannot be read: {error}") from error
+            raise DamagedCheckpointError(f"The file {path / name} cannot be read: {error}.") from error
         if found != description:
-            raise DamagedCheckpointError(f"{name} has another size or checksum than when it was written")
+            raise DamagedCheckpointError(f"The file {path / name} is damaged: its size or checksum is wrong.")
     return info
 
 
@@ -311,16 +312,16 @@ def resume(
         try:
             model = _resume_from(model_class, path, _check_files(path), env, device, **kwargs)
         except (DamagedCheckpointError, ReplayFileError) as error:
-            # Not the error itself, through which a replay buffer could be reached that was filled halfway
+            # Only the message, as the error refers to a partly filled replay buffer
             failure = str(error)
-            warnings.warn(f"The checkpoint {path} is damaged, going back to the one before it. {failure}", stacklevel=3)
+            warnings.warn(f"The checkpoint {path} is damaged, going back to the previous one. {failure}", stacklevel=3)
         else:
             model.damaged_checkpoints = damaged
             return model
         damaged.append(path.name)
-        # Its memory, before another one is filled
+        # Frees the replay buffer before another one is loaded
         gc.collect()
-    raise DamagedCheckpointError(f"No checkpoint in {folder} can be used. The last one tried: {failure}")
+    raise DamagedCheckpointError(f"No checkpoint in {folder} can be used. The error of the last one is: {failure}")
 
 
 def _resume_from(
@@ -335,31 +336,31 @@ def _resume_from(
             single_env = env if is_wrapped(env, Monitor) else Monitor(env)
             env = DummyVecEnv([lambda: single_env])
         if unwrap_vec_normalize(env) is None:
-            # Its own spaces hide those of the environment
+            # VecNormalize replaces the spaces of the environment by its own, so they are compared here
             if statistics.action_space != env.action_space:
-                raise ValueError(f"Action spaces do not match: {statistics.action_space} != {env.action_space}")
+                raise ValueError(f"Action spaces do not match: {statistics.action_space} != {env.action_space}.")
             try:
                 statistics.set_venv(env)
             except AssertionError as error:
-                raise ValueError(f"The environment is not like that of the run in {path}: {error}") from error
+                raise ValueError(f"The environment does not match the run in {path}: {error}") from error
             env = statistics
     elif isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-        raise ValueError(f"The environment normalizes with VecNormalize, but that of the run in {path} did not.")
+        raise ValueError(f"The environment is wrapped in VecNormalize, but the environment of the run in {path} was not.")
     model = model_class.load(path / MODEL, env=env, device=device, **kwargs)
     try:
         model.load_replay_buffer(path / REPLAY_BUFFER)
     except OSError as error:
-        raise DamagedCheckpointError(f"{REPLAY_BUFFER} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"The file {path / REPLAY_BUFFER} cannot be read: {error}.") from error
     model.run_id = info["run_id"]
 
     assert model.env is not None and model.replay_buffer is not None
     size = model.replay_buffer.buffer_size * model.n_envs
     if "buffer_size" in kwargs and kwargs["buffer_size"] // model.n_envs != model.replay_buffer.buffer_size:
         warnings.warn(
-            f"The replay buffer keeps the {size} slots it had, not buffer_size={kwargs['buffer_size']}.", stacklevel=4
+            f"The replay buffer keeps its {size} slots. buffer_size={kwargs['buffer_size']} has no effect.", stacklevel=4
         )
         model.buffer_size = size
-    # Loading has seeded it as at the beginning of the run, whose first episodes would come again
+    # Loading has seeded the environment as at the beginning of the run, which would repeat the first episodes
     entropy = None if model.seed is None else [model.seed, model.num_timesteps]
     model.env.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1))
     vec_normalize = model.get_vec_normalize_env()
@@ -367,7 +368,7 @@ def _resume_from(
         assert statistics is not None
         own = {"observation_space", "action_space", "num_envs", "render_mode", "old_obs", "old_reward", "venv", "training"}
         vec_normalize.__dict__.update({name: value for name, value in vars(statistics).items() if name not in own})
-        # The statistics already count the observation that the reset gives
+        # The statistics already include the observation of the reset
         vec_normalize.training = False
     model._last_obs = model.env.reset()
     model._last_episode_starts = np.ones(model.n_envs, dtype=bool)

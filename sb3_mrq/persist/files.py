@@ -1,5 +1,5 @@
 """
-Files and folders that are there whole or not at all, whatever ends the process meanwhile.
+Atomic writing of files, and synchronisation with the disk.
 """
 
 import contextlib
@@ -9,23 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# What is being written has a name that begins with this, until it is complete
+# Prefix of names of incomplete files and folders
 TEMPORARY = ".tmp-"
 
 
 def sync_folder(folder: Path) -> None:
     """
-    Wait until the names in a folder are on the disk.
+    Wait until the entries of a folder are on the disk.
 
     :param folder: the folder
     """
-    if os.name == "nt":  # where folders cannot be opened
+    if os.name == "nt":  # folders cannot be opened
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot do that for folders
+        # Some network file systems do not support this for folders
         if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
@@ -45,11 +45,11 @@ def sync_file(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
-    Write a file under a temporary name in the same folder, and give it its own name once it is complete and on the disk. After
-    an error whatever had that name before is still there. What a killed process leaves behind is written over the next time.
+    Write a file under a temporary name in the same folder, and rename it when it is complete and on the disk. After an error,
+    an existing file is unchanged. The temporary file of a killed process is overwritten the next time.
 
     :param path: the file
-    :return: context manager that gives the file to write to
+    :return: context manager that returns the file object to write to
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:

@@ -1,13 +1,14 @@
 """
-Replay buffers as files: plain arrays after a small JSON header, versioned and with checksums. Reading one runs no code.
+Files of replay buffers: a JSON header and plain arrays, with a version and checksums. Reading a file runs no code.
 
-A file is, all numbers little-endian:
+A file consists of, with all numbers little-endian:
 
-- 8 bytes by which it is recognised, whatever its name, and the version of the format, 4 bytes,
-- length of the header, 8 bytes, its CRC-32, 4 bytes, and the header: a JSON object with what the buffer was made for, its
-  numbers, and name, type and shape of each array,
-- the arrays in that order, each in chunks of ``CHUNK`` bytes that are followed by a CRC-32 of everything since the header. Of
-  arrays with an entry for each slot of the buffer only those slots are there that were ever written to.
+- 8 magic bytes, and the version of the format, 4 bytes,
+- the length of the header, 8 bytes, its CRC-32, 4 bytes, and the header, a JSON object with the arguments of the buffer, its
+  scalar state, and name, dtype and shape of each array,
+- the arrays in that order, in chunks of ``CHUNK`` bytes. Each chunk is followed by a CRC-32 of the header and all chunks so
+far.
+  Arrays with an entry for each slot only contain the slots that have been used.
 """
 
 import contextlib
@@ -41,29 +42,29 @@ Path = str | pathlib.Path | io.BufferedIOBase
 
 class ReplayFileError(ValueError):
     """
-    A file is no replay buffer, or a damaged one.
+    A file is damaged, or is not a replay buffer.
     """
 
 
-def other_buffer_error(name: str, theirs: Any, ours: Any) -> ValueError:
+def buffer_mismatch_error(name: str, found: Any, expected: Any) -> ValueError:
     """
-    :param name: in what a buffer differs from what it should be
-    :param theirs: what the buffer has
-    :param ours: what it should have
+    :param name: name of the property in which a buffer does not match the model
+    :param found: value of the buffer
+    :param expected: value of the model
     :return: the error to raise
     """
     return ValueError(
-        f"The replay buffer was made for another {name}: {theirs}, but the model has {ours}. Use the same one as when the "
-        "buffer was saved, or start with an empty buffer."
+        f"The replay buffer was made for another {name}: {found}, but the model has {expected}. Use the same {name} as when "
+        "the buffer was saved, or start with an empty buffer."
     )
 
 
 def _segments(state: BufferState, written: np.ndarray, slots_per_env: int) -> Iterator[memoryview]:
     """
     :param state: arrays of a buffer
-    :param written: how many slots of each environment's ring to take
-    :param slots_per_env: slots of a ring
-    :return: memory of the arrays, piece by piece, in the order of the file
+    :param written: number of used slots of each environment
+    :param slots_per_env: number of slots of each environment
+    :return: memory of the arrays, in the order of the file
     """
     for array in state.environments.values():
         yield array.reshape(-1).view(np.uint8).data
@@ -87,7 +88,7 @@ def _array_list(state: BufferState) -> list[list[Any]]:
 
 def write_replay_buffer(file: BinaryIO, buffer: SubtrajectoryReplayBuffer) -> None:
     """
-    :param file: binary file, written from where it stands
+    :param file: binary file, written from its current position
     :param buffer: the buffer to write
     """
     state = buffer.get_state()
@@ -114,13 +115,13 @@ def write_replay_buffer(file: BinaryIO, buffer: SubtrajectoryReplayBuffer) -> No
 def _read(file: BinaryIO, n: int) -> bytes:
     data = file.read(n)
     if len(data) < n:
-        raise ReplayFileError("it is truncated: it ends within the header")
+        raise ReplayFileError("The file is truncated: it ends within the header.")
     return data
 
 
 def _read_into(file: Any, memory: memoryview) -> int:
     """
-    :return: bytes read, fewer than asked for at the end of the file
+    :return: number of bytes read, less than the size of the memory at the end of the file
     """
     n = 0
     while n < len(memory):
@@ -134,36 +135,37 @@ def _read_into(file: Any, memory: memoryview) -> int:
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """
     :return: the header, and its checksum
-    :raises ReplayFileError: if there is none, or one that cannot be read
+    :raises ReplayFileError: if there is no valid header
     """
     magic = file.read(len(MAGIC))
     if magic != MAGIC:
         if magic[:1] == b"\x80":
             raise ReplayFileError(
-                "it is a pickle. Loading a pickle runs whatever code is in it, so replay buffers of MR.Q are not pickled: "
-                "save the buffer with the save_replay_buffer of MRQ"
+                "The file is a pickle. Loading a pickle runs the code in it, so replay buffers of MR.Q are not pickles: save "
+                "the buffer with MRQ.save_replay_buffer."
             )
         if magic[:2] == b"PK":
-            raise ReplayFileError("it is a zip file, such as a saved model")
+            raise ReplayFileError("The file is a zip file, such as a saved model.")
         if MAGIC.startswith(magic):
-            raise ReplayFileError(f"it is truncated: it has only {len(magic)} bytes")
-        raise ReplayFileError("it does not begin as replay buffers of MR.Q do")
+            raise ReplayFileError(f"The file is truncated: it has only {len(magic)} bytes.")
+        raise ReplayFileError("The file does not begin like a replay buffer of MR.Q.")
     version, length, checksum = PREAMBLE.unpack(_read(file, PREAMBLE.size))
     if version != VERSION:
         raise ReplayFileError(
-            f"its format has the version {version}, of which this version of sb3-mrq knows only {VERSION}, or it is damaged"
+            f"The file has the format version {version}, but this version of sb3-mrq only supports {VERSION}, or the file is "
+            "damaged."
         )
     if length > MAX_HEADER:
-        raise ReplayFileError(f"it is damaged: its header would have {length} bytes")
+        raise ReplayFileError(f"The file is damaged: its header would have {length} bytes.")
     text = _read(file, length)
     if zlib.crc32(text) != checksum:
-        raise ReplayFileError("it is damaged: the checksum of the header is wrong")
+        raise ReplayFileError("The file is damaged: the checksum of the header is wrong.")
     return json.loads(text), checksum
 
 
 def _size_of_arrays(header: dict[str, Any], n_per_environment: int) -> int:
     """
-    :return: bytes that follow the header, checksums included
+    :return: number of bytes after the header, including checksums
     """
     total = 0
     for i, (_, dtype, shape) in enumerate(header["arrays"]):
@@ -187,24 +189,26 @@ def _fill(file: BinaryIO, header: dict[str, Any], checksum: int, state: BufferSt
     Read the arrays that follow the header.
 
     :param exact: whether the file must end after them
-    :raises ReplayFileError: if they are not there, or damaged
+    :raises ReplayFileError: if they are missing or damaged
     """
-    for theirs, ours in zip(header["arrays"], _array_list(state), strict=False):
-        if theirs != ours:
-            raise ReplayFileError(f"it has the array {theirs}, where {ours} (name, type and shape) belongs")
+    for found, expected in zip(header["arrays"], _array_list(state), strict=False):
+        if found != expected:
+            raise ReplayFileError(f"The file has the array {found} instead of {expected} (name, dtype and shape).")
     if len(header["arrays"]) != len(state.environments) + len(state.slots):
-        raise ReplayFileError(f"it has {len(header['arrays'])} arrays, not {len(state.environments) + len(state.slots)}")
+        raise ReplayFileError(
+            f"The file has {len(header['arrays'])} arrays instead of {len(state.environments) + len(state.slots)}."
+        )
     written = header["written"]
     if len(written) != header["n_envs"] or not all(0 <= n <= header["buffer_size"] for n in written):
         raise ReplayFileError(
-            f"it has {written} slots, of {header['buffer_size']} for each of {header['n_envs']} environments"
+            f"The file has {written} used slots, but {header['n_envs']} environments with {header['buffer_size']} slots each."
         )
 
-    expected, there = _size_of_arrays(header, len(state.environments)), _bytes_left(file)
-    if there is not None and there < expected:
-        raise ReplayFileError(f"it is truncated: {there} bytes of {expected} are left after the header")
-    if exact and there is not None and there > expected:
-        raise ReplayFileError(f"it is damaged: {there - expected} bytes too many follow")
+    size, n_left = _size_of_arrays(header, len(state.environments)), _bytes_left(file)
+    if n_left is not None and n_left < size:
+        raise ReplayFileError(f"The file is truncated: only {n_left} of {size} bytes follow the header.")
+    if exact and n_left is not None and n_left > size:
+        raise ReplayFileError(f"The file is damaged: it has {n_left - size} additional bytes at the end.")
     stored = bytearray(CHECKSUM.size)
     n_read = 0
     for chunk in _chunks(state, written, header["buffer_size"]):
@@ -212,24 +216,26 @@ def _fill(file: BinaryIO, header: dict[str, Any], checksum: int, state: BufferSt
         checksum = zlib.crc32(chunk, checksum)
         n += _read_into(file, memoryview(stored))
         if n < len(chunk) + CHECKSUM.size:
-            raise ReplayFileError(f"it is truncated: {n_read + n} bytes of {expected} follow the header")
+            raise ReplayFileError(f"The file is truncated: only {n_read + n} of {size} bytes follow the header.")
         if CHECKSUM.unpack(stored)[0] != checksum:
-            raise ReplayFileError(f"it is damaged: a checksum is wrong, {n_read} to {n_read + n} bytes after the header")
+            raise ReplayFileError(
+                f"The file is damaged: a checksum is wrong, {n_read} to {n_read + n} bytes after the header."
+            )
         n_read += n
 
 
 def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: bool = False) -> SubtrajectoryReplayBuffer:
     """
-    :param file: binary file, read from where it stands
-    :param like: a buffer for the same environments, which is left as it is
+    :param file: binary file, read from its current position
+    :param like: a buffer for the same environments, which does not change
     :param exact: whether the file must end after the buffer
-    :return: a buffer like that, of the size and with what is in the file
-    :raises ReplayFileError: if the file is no replay buffer, or damaged
-    :raises ValueError: if it is one for other environments
+    :return: a new buffer with size and contents from the file, otherwise like the given one
+    :raises ReplayFileError: if the file is damaged or not a replay buffer
+    :raises ValueError: if the buffer is for other environments
     """
     header, checksum = _read_header(file)
     try:
-        for name, theirs, ours in (
+        for name, found, expected in (
             ("number of environments", header["n_envs"], like.n_envs),
             ("horizon", header["horizon"], like.horizon),
             ("n_steps", header["n_steps"], like.n_steps),
@@ -238,32 +244,32 @@ def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: b
                 for name in ("observation_space", "action_space")
             ),
         ):
-            if theirs != ours:
-                both = (show_space(value) if isinstance(value, dict) else value for value in (theirs, ours))
-                raise other_buffer_error(name, *both)
+            if found != expected:
+                values = (show_space(value) if isinstance(value, dict) else value for value in (found, expected))
+                raise buffer_mismatch_error(name, *values)
         has_ages = any(name == "stored_at" for name, *_ in header["arrays"])
         if header["numbers"]["storages"] and has_ages != like.fades:
-            how = "with" if has_ages else "without"
             raise ValueError(
-                f"The replay buffer was saved {how} the ages of its transitions, but the model has replay_fade={like.fade} and "
-                f"replay_fade_min={like.fade_min}. Set replay_fade as when the buffer was saved, or start with an empty buffer."
+                f"The replay buffer was saved {'with' if has_ages else 'without'} the ages of its transitions, but the model "
+                f"has replay_fade={like.fade} and replay_fade_min={like.fade_min}. Set replay_fade as in the run that saved "
+                "the buffer, or start with an empty buffer."
             )
         buffer = like.empty_copy(header["buffer_size"])
     except (KeyError, TypeError) as error:
-        raise ReplayFileError(f"its header cannot be understood: {error!r}") from error
+        raise ReplayFileError(f"The header of the file is invalid: {error!r}.") from error
     try:
         buffer.set_state(header["numbers"], lambda state: _fill(file, header, checksum, state, exact))
     except ReplayFileError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise ReplayFileError(f"its contents do not fit together: {error}") from error
+        raise ReplayFileError(f"The contents of the file are inconsistent: {error}") from error
     return buffer
 
 
 def _target(path: str | pathlib.Path) -> pathlib.Path:
     """
-    :param path: what the user asks to write to
-    :return: the file to write to, named as SB3 does, in a folder that exists
+    :param path: path given by the user
+    :return: path of the file to write, as in SB3, in an existing folder
     """
     path = pathlib.Path(path)
     if path.suffix == "":
@@ -279,8 +285,8 @@ def _target(path: str | pathlib.Path) -> pathlib.Path:
 
 def save_replay_buffer(path: Path, buffer: SubtrajectoryReplayBuffer) -> None:
     """
-    :param path: where to: a path, which takes the suffix ``.pkl`` where it has none, as in SB3, or a file. Under a path there
-        is at any moment what was there before, or all of the buffer.
+    :param path: path of the file, or a file object. ``.pkl`` is added to a path without a suffix, as in SB3. An existing file
+        at this path is replaced only when the new one is complete.
     :param buffer: the buffer to save
     """
     if isinstance(path, (str, pathlib.Path)):
@@ -292,12 +298,12 @@ def save_replay_buffer(path: Path, buffer: SubtrajectoryReplayBuffer) -> None:
 
 def load_replay_buffer(path: Path, like: SubtrajectoryReplayBuffer, verbose: int = 0) -> SubtrajectoryReplayBuffer:
     """
-    :param path: where from: a path, with or without the suffix ``.pkl``, or a file
-    :param like: a buffer for the same environments, which is left as it is
+    :param path: path of the file, with or without the suffix ``.pkl``, or a file object
+    :param like: a buffer for the same environments, which does not change
     :param verbose: Verbosity level
-    :return: a buffer like that, of the size and with what is in the file
-    :raises ReplayFileError: if the file is no replay buffer, or damaged
-    :raises ValueError: if it is one for other environments
+    :return: a new buffer with size and contents from the file, otherwise like the given one
+    :raises ReplayFileError: if the file is damaged or not a replay buffer
+    :raises ValueError: if the buffer is for other environments
     """
     is_path = isinstance(path, (str, pathlib.Path))
     file = open_path(path, "r", verbose=verbose, suffix="pkl")
@@ -306,4 +312,4 @@ def load_replay_buffer(path: Path, like: SubtrajectoryReplayBuffer, verbose: int
             return read_replay_buffer(file, like, exact=is_path)
         except ReplayFileError as error:
             name = path if is_path else "The file"
-            raise ReplayFileError(f"{name} cannot be loaded as a replay buffer: {error}.") from error
+            raise ReplayFileError(f"{name} cannot be loaded as a replay buffer. {error}") from error

@@ -1,5 +1,5 @@
 """
-Spaces as JSON, to find out whether a file was made for the same ones.
+Spaces in JSON types, to check whether a file was made for the same spaces.
 """
 
 import base64
@@ -12,7 +12,7 @@ from gymnasium import spaces
 def describe_space(space: spaces.Space) -> dict[str, Any]:
     """
     :param space: one of the supported spaces
-    :return: a description, for a JSON file; those of equal spaces are equal
+    :return: description in JSON types; equal spaces have equal descriptions
     """
     if isinstance(space, spaces.Dict):
         return {"kind": "Dict", "spaces": [[key, describe_space(subspace)] for key, subspace in space.spaces.items()]}
@@ -31,7 +31,7 @@ def describe_space(space: spaces.Space) -> dict[str, Any]:
 
 def _encode_bounds(bounds: np.ndarray) -> Any:
     first = bounds.reshape(-1)[:1]
-    # The common case, and that of images, whose bounds would take as much as a frame
+    # Equal bounds of all dimensions are common. For images, all bounds would take as much space as a frame.
     if (bounds == first).all():
         return first.tolist()[0]
     return base64.b64encode(bounds.astype(bounds.dtype.newbyteorder("<")).tobytes()).decode()
@@ -39,8 +39,8 @@ def _encode_bounds(bounds: np.ndarray) -> Any:
 
 def show_space(description: dict[str, Any]) -> str:
     """
-    :param description: from ``describe_space``
-    :return: the same for an error message, much as gymnasium writes it
+    :param description: result of ``describe_space``
+    :return: text for an error message, similar to the representation in gymnasium
     """
     kind = description["kind"]
     if kind == "Dict":

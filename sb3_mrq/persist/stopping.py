@@ -1,5 +1,5 @@
 """
-Signals that end training: recorded when they come, heeded between steps.
+Signals that end training between rollouts.
 """
 
 import signal
@@ -11,8 +11,8 @@ from typing import Any
 
 class StopSignals:
     """
-    Records SIGTERM and SIGINT (Ctrl-C) instead of exiting, in ``received``. A second Ctrl-C, a second or more after the first,
-    interrupts as usual. Outside of the main thread, where signals cannot be handled, this context manager does nothing.
+    Context manager that records SIGTERM and SIGINT (Ctrl-C) in ``received`` instead of exiting. A second Ctrl-C at least a
+    second after the first one interrupts as usual. Has no effect outside the main thread, where signals cannot be handled.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
-            # None is a handler that was not installed from Python, and cannot be from here
+            # None is a handler that was not installed from Python, and cannot be restored from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers.clear()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        # Some senders send twice at once, to a process and to its group
+        # Some programs send the signal twice at once, to the process and to its group
         if self.received is not None and number == signal.SIGINT and time.monotonic() - self._time >= 1:
             raise KeyboardInterrupt
         if self.received is None:
@@ -43,13 +43,15 @@ class StopSignals:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal has come, and training, which it is to end, still runs."""
+        """Whether a signal was received and training has not ended yet."""
         return self.received is not None and bool(self._handlers)
 
     def arrived(self, timeout: float = 1.0) -> bool:
         """
-        :param timeout: how many seconds to wait for a signal that ended other processes and may be about to come here too
-        :return: whether a signal has come
+        Wait for a signal that has already reached other processes.
+
+        :param timeout: seconds to wait
+        :return: whether a signal was received
         """
         end = time.monotonic() + timeout
         while self._handlers and self.received is None and time.monotonic() < end:

@@ -1,5 +1,5 @@
 """
-Weights alone, in the safetensors format, for sharing: no pickle, so that loading them runs no code.
+Weights in the safetensors format, for sharing. Unlike pickles, these files run no code when they are loaded.
 """
 
 import json
@@ -16,7 +16,7 @@ from sb3_mrq.persist.files import atomic_file
 from sb3_mrq.persist.spaces import describe_space, show_space
 
 FORMAT = "sb3-mrq weights 1"
-# Files of 0.1 hold the reward scales next to the weights, under these names. They are buffers of the critics since then.
+# Names of the reward scales in files of version 0.1, which do not hold them as buffers of the critics
 REWARD_SCALES = {"reward_scale": "critic.reward_scale", "target_reward_scale": "critic_target.reward_scale"}
 
 
@@ -27,15 +27,14 @@ def _target(path: str | Path) -> Path:
 
 def save_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
     """
-    Save the weights of all networks, targets included, and the reward scales, which are the units of the values, but no
-    optimiser, hyperparameter or replay buffer.
+    Save the weights of all networks, including targets, and the reward scales, but no optimisers, hyperparameters or replay
+    buffer. An existing file is replaced only when the new one is complete.
 
     :param model: the model
-    :param path: the file, to which ``.safetensors`` is added where it has no suffix. At any moment it is what was there
-        before, or complete.
+    :param path: path of the file; ``.safetensors`` is added if it has no suffix
     """
     parameters = model.get_parameters()
-    # Copies, since safetensors refuses tensors that share memory
+    # Copies, as safetensors rejects tensors that share memory
     tensors = {
         name: value.detach().cpu().clone(memory_format=th.contiguous_format) for name, value in parameters["policy"].items()
     }
@@ -51,11 +50,13 @@ def save_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
 
 def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
     """
-    Give a model the weights in a file. Its networks must be of the same architecture.
+    Load weights from a file into a model of the same architecture. Optimisers and hyperparameters do not change.
 
-    :param model: the model, whose optimisers and hyperparameters stay as they are
-    :param path: the file, with or without the suffix ``.safetensors``
-    :raises ValueError: if it is no such file, or one for other spaces or another architecture; the model stays as it is then
+    :param model: the model
+    :param path: path of the file, with or without the suffix ``.safetensors``
+    :raises FileNotFoundError: if the file does not exist
+    :raises ValueError: if the file holds no weights, or weights for other spaces or another architecture; the model does not
+        change
     """
     path = path if Path(path).is_file() else _target(path)
     if not Path(path).is_file():
@@ -67,13 +68,13 @@ def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}.") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} does not hold weights of MR.Q, or those of another version of sb3-mrq.")
+        raise ValueError(f"{path} does not contain weights of MR.Q in the format of this version of sb3-mrq.")
     for name in ("observation_space", "action_space"):
-        theirs, ours = json.loads(metadata[name]), describe_space(getattr(model, name))
-        if theirs != ours:
+        found, expected = json.loads(metadata[name]), describe_space(getattr(model, name))
+        if found != expected:
             raise ValueError(
-                f"The weights in {path} are for another {name.replace('_', ' ')}: {show_space(theirs)}, but the model has "
-                f"{show_space(ours)}."
+                f"The weights in {path} are for another {name.replace('_', ' ')}: {show_space(found)}, but the model has "
+                f"{show_space(expected)}."
             )
     present = model.policy.state_dict()
     scales = json.loads(metadata.get("reward_scales", "{}"))
@@ -81,31 +82,33 @@ def load_weights(model: OffPolicyAlgorithm, path: str | Path) -> None:
         if key not in weights:
             weights[key] = th.tensor(float(scales[name])) if name in scales else present[key]
     for name in sorted(weights.keys() | present.keys()):
-        shape, expected = (tuple(values[name].shape) if name in values else "none" for values in (weights, present))
-        if shape != expected:
+        shape, expected_shape = (tuple(values[name].shape) if name in values else "none" for values in (weights, present))
+        if shape != expected_shape:
             raise ValueError(
-                f"The weights in {path} are for another architecture: {name} has the shape {shape}, not {expected}. Give the "
-                "model the policy and policy_kwargs with which they were trained."
+                f"The weights in {path} are for another architecture: {name} has the shape {shape}, not {expected_shape}. "
+                "Create the model with the policy and policy_kwargs that the weights were trained with."
             )
     parameters: dict[str, Any] = {"policy": weights}
     model.set_parameters(parameters, exact_match=False)
 
 
-def take_over_reward_scales(model: Any) -> None:
+def restore_old_reward_scales(model: Any) -> None:
     """
-    :param model: an ``MRQ``, with the attributes in a file. Those of 0.1 hold the reward scales among them.
+    Move reward scales from attributes of the model, where files of version 0.1 hold them, to the critics.
+
+    :param model: an ``MRQ``
     """
     for name, key in REWARD_SCALES.items():
         if name in model.__dict__:
             model.policy.get_buffer(key).fill_(model.__dict__.pop(name))
 
 
-def with_reward_scales(model: Any, given: str | dict[str, Any], device: th.device | str) -> dict[str, Any]:
+def add_reward_scales(model: Any, given: str | dict[str, Any], device: th.device | str) -> dict[str, Any]:
     """
     :param model: an ``MRQ``
-    :param given: parameters for it, or a file of them
-    :param device: where to load them
-    :return: the parameters, in which the policy has reward scales: the given ones, else those of the model
+    :param given: parameters for the model, or a file of them
+    :param device: device on which to load them
+    :return: the parameters; missing reward scales of the policy are taken from ``reward_scales`` or the model
     """
     if not isinstance(given, dict):
         given = load_from_zip_file(given, device=device, load_data=False)[1]

@@ -170,10 +170,10 @@ def _our_command(command: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _scripts_that_start_scripts() -> Iterator[None]:
+def _patched_subprocesses() -> Iterator[None]:
     """
-    Patches for ``benchmark`` and ``record_training``: the scripts that they start know ``mrq``, and folders are found for task
-    ids with a slash.
+    Patch ``benchmark`` and ``record_training``, so that the scripts they start support ``mrq``, and so that they find the
+    folders of task ids with a slash.
     """
     call, get_trained_models = subprocess.call, rl_zoo3.utils.get_trained_models
 
@@ -221,7 +221,7 @@ def _ffmpeg() -> Iterator[None]:
 
 def _supply_generate_metadata() -> None:
     """
-    Provide a function for ``push_to_hub`` that huggingface_sb3 3.2 has renamed.
+    Provide the function ``generate_metadata`` for ``push_to_hub``, which huggingface_sb3 3.2 has renamed.
     """
     hub = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(hub, "generate_metadata"):
@@ -236,8 +236,8 @@ def run(script: str, arguments: list[str]) -> None:
     """
     Run a script in this process.
 
-    :param script: its name, see ``SCRIPTS``
-    :param arguments: its arguments
+    :param script: name of the script, see ``SCRIPTS``
+    :param arguments: arguments of the script
     :raises ConfigurationError: for an unknown task
     """
     if script in ("plot_train", "all_plots", "plot_from_file"):
@@ -260,7 +260,7 @@ def run(script: str, arguments: list[str]) -> None:
     if function:
         getattr(importlib.import_module(module), function)()
     else:
-        with _scripts_that_start_scripts(), _ffmpeg():
+        with _patched_subprocesses(), _ffmpeg():
             runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

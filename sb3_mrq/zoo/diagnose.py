@@ -85,7 +85,7 @@ def _from_folder(args: argparse.Namespace) -> tuple[Path, VecEnv]:
     # As in enjoy: arguments of the configuration, replaced by those given to train, updated by those given now
     env_kwargs: dict[str, Any] = hyperparams.pop("env_kwargs", None) or {}
     if (folder / "args.yml").is_file():
-        # It holds Python objects, and was written by train as the model was
+        # It holds Python objects. Like the model, it was written by train, so it is trusted.
         given = yaml.load((folder / "args.yml").read_text(), Loader=yaml.UnsafeLoader)["env_kwargs"]
         env_kwargs = given if given is not None else env_kwargs
     env = create_test_env(
@@ -104,7 +104,7 @@ def _from_folder(args: argparse.Namespace) -> tuple[Path, VecEnv]:
 
 
 def _restore_reward_normalization(env: VecEnv, path: Path) -> None:
-    """Undo that rl-zoo3 turns it off for tests, as values are in units of the training rewards."""
+    """Restore the normalisation of rewards, which rl-zoo3 turns off, as values are in units of training rewards."""
     while not isinstance(env, VecNormalize):
         env = env.venv  # type: ignore[attr-defined]
     statistics = VecNormalize.load(str(path), env.venv)
@@ -135,7 +135,7 @@ def diagnose_script() -> None:
     Write the report requested on the command line.
     """
     args = parse_arguments()
-    # Needed at the end only, but better missed at the start
+    # Only needed at the end, but an error should come at the start
     importlib.import_module("matplotlib")
     for package in args.gym_packages:
         importlib.import_module(package)

@@ -41,7 +41,7 @@ class _Resumed:
     Wrapper of a resumed model whose ``learn`` continues the run.
 
     :param model: the model
-    :param n_timesteps: total timesteps of the run from the command line; none if not positive
+    :param n_timesteps: total timesteps of the run from the command line, ignored if not positive
     """
 
     def __init__(self, model: MRQ, n_timesteps: int):
@@ -94,7 +94,7 @@ class MRQExperimentManager(ExperimentManager):
             config = config or str(default_configuration(algo))
         super().__init__(args, algo, env_id, log_folder, *others, config=config, **kwargs)  # type: ignore[misc]
         self._resumed: MRQ | None = None
-        # From the command line; none if not positive
+        # From the command line, ignored if not positive
         self._n_timesteps_given = self.n_timesteps
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,8 +146,8 @@ class MRQExperimentManager(ExperimentManager):
             return super()._load_pretrained_agent(hyperparams, env)
         print(f"Resuming from the checkpoint {checkpoint}")
         if (checkpoint / VEC_NORMALIZE).exists() and not self.normalize:
-            # Otherwise evaluations, and users of the saved model, would not normalise
-            raise ConfigurationError(f"The run of {checkpoint} normalised: give it 'normalize: true' as it had.")
+            # Otherwise the evaluation environments and the saved model would lack the normalisation
+            raise ConfigurationError(f"The run of {checkpoint} used VecNormalize: set 'normalize: true', as in that run.")
         source, prefix = checkpoint, name["prefix"]
         if checkpoint == newest_with_model(checkpoint.parent, prefix):
             # The newest checkpoint continues in the same folder, and falls back to older ones if it is damaged

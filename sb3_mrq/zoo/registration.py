@@ -1,5 +1,5 @@
 """
-Registration of ``mrq`` and ``drq`` as algorithms of rl-zoo3, which has no hook for it.
+Registration of ``mrq`` and ``drq`` as algorithms of rl-zoo3.
 """
 
 import sys
@@ -23,7 +23,7 @@ def register() -> None:
         ALGOS[name] = algorithm
         HYPERPARAMS_SAMPLER[name] = sample_mrq_params
         HYPERPARAMS_CONVERTER[name] = convert_mrq_params
-    # Scripts of rl-zoo3 that are already imported hold the class by name
+    # Modules of rl-zoo3 that are already imported have their own reference to the class
     for name, module in list(sys.modules.items()):
         if name.startswith("rl_zoo3.") and hasattr(module, "ExperimentManager"):
             module.ExperimentManager = MRQExperimentManager  # type: ignore[attr-defined]

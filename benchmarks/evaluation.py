@@ -179,8 +179,8 @@ class EvaluationCallback(BaseCallback):
     Evaluate before the first step, at a fixed interval and at the end, and append the returns to a CSV file. A resumed run
     continues its file after the evaluations up to its checkpoint.
 
-    The first evaluation uses the seed of the environments. Each later one has its own seed, derived from the seed of the model, so
-    that a resumed run is evaluated on the same episodes as an uninterrupted one.
+    The first evaluation uses the seed of the environments. Each later one has its own seed, derived from the seed of the
+    model, so that a resumed run is evaluated on the same episodes as an uninterrupted one.
 
     :param env: evaluation environments
     :param path: CSV file, created with a header if it does not exist

@@ -80,10 +80,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param random_shift_pad: Largest random shift of images in training batches (data augmentation), in pixels, 0 for none
     :param precision: Precision of matrix products and activations in updates: ``"float32"``; ``"tf32"`` for matrix products in
         TF32 on GPUs that support it; ``"bfloat16"`` for processors with AMX or AVX512-BF16 and for GPUs. Values and their
-        targets, weights, losses and optimisers are in float32 in any case. With bfloat16, which has 8 bits of precision,
-        normalise observations that differ by less than one per cent. ``"auto"`` selects bfloat16 on such processors for vector
-        observations and layers of this package and of torch, else float32. ``model.learner.hyperparameters.precision`` is the
-        selected one.
+        targets, weights, losses and optimisers are in float32 in any case. bfloat16 has 8 bits of precision: if observations
+        differ by less than one per cent of their size, normalise them or use float32. ``"auto"`` selects bfloat16 on such
+        processors for vector observations and layers of this package and of torch, else float32.
+        ``model.learner.hyperparameters.precision`` is the selected one.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
         starts. On a CUDA device whole training steps are also captured as CUDA graphs, with a copy of the replay buffer on the
         device. ``"auto"`` only captures on a CUDA device. On a CPU it compiles in the main thread, if the run is planned for

@@ -44,7 +44,7 @@ def reward_bins(
 def two_hot(rewards: th.Tensor, bins: th.Tensor) -> th.Tensor:
     """
     Encode rewards as weights of the two neighbouring bins, linear in the reward (section 4.1 of the paper). A reward outside
-    the bins has all its weight on the outermost bin.
+    the bins has all its weight on the nearest bin.
 
     :param rewards: (...)
     :param bins: ascending bin centres, (K,)

@@ -37,9 +37,9 @@ def policy_for(observation_space):
     return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
 
 
-def tiny_model(env, policy="MlpPolicy", policy_kwargs=None, **kwargs):
-    """MRQ with networks and intervals that make it fast, not good."""
-    return MRQ(policy, env, policy_kwargs={**TINY_POLICY, **(policy_kwargs or {})}, **{**TINY, **kwargs})
+def tiny_model(env, policy="MlpPolicy", policy_kwargs=None, algorithm=MRQ, **kwargs):
+    """A model with networks and intervals that make it fast, not good."""
+    return algorithm(policy, env, policy_kwargs={**TINY_POLICY, **(policy_kwargs or {})}, **{**TINY, **kwargs})
 
 
 def note_deterministic(model, monkeypatch):

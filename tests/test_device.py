@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_buffer import assert_frequencies
 from torch.nn import functional as F
 
-from sb3_mrq import MRQ
+from sb3_mrq import DRQ, MRQ
 from sb3_mrq.accelerate.device_copy import DeviceCopy
 from sb3_mrq.accelerate.graphs import CaptureError, Graph, Staging, detect_host_sync
 from sb3_mrq.accelerate.updates import Updates
@@ -397,11 +397,11 @@ class TestTraining:
         monkeypatch.setattr(Graph, "capture", staticmethod(counted))
         return "cpu" if request.param == "recorded" else "cuda"
 
-    def make(self, device, space=VECTOR, action_space=BOX, env=None, **kwargs):
+    def make(self, device, space=VECTOR, action_space=BOX, env=None, algorithm=MRQ, **kwargs):
         env = LateEnd(space, action_space, length=9) if env is None else env
         policy_kwargs = {**TINY_POLICY, **kwargs.pop("policy_kwargs", {})}
         arguments = {**TINY, "device": device, "compile_updates": True, **kwargs}
-        return MRQ(policy_for(space), env, policy_kwargs=policy_kwargs, **arguments)
+        return algorithm(policy_for(space), env, policy_kwargs=policy_kwargs, **arguments)
 
     def uncaptured(self, *args, **kwargs):
         """The same training steps on the device, none of them captured."""
@@ -452,10 +452,11 @@ class TestTraining:
         assert models[0].replay_buffer.max_priority > 1
         assert float(models[0].actor.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 510 / 510), abs=1e-5)
 
-    def test_host_and_device_agree(self, device, monkeypatch):
+    @pytest.mark.parametrize("algorithm", [MRQ, DRQ])
+    def test_host_and_device_agree(self, device, algorithm, monkeypatch):
         """The same draws given, training from the host's buffer gives the same weights."""
         # A GPU may keep any of the new priorities of a transition that was drawn twice: there, they are all the same
-        settings = dict(min_td_error=100.0) if device == "cuda" else {}
+        settings = dict(algorithm=algorithm) | (dict(min_td_error=100.0) if device == "cuda" else {})
         models = [self.make(device, **settings), self.make(device, compile_updates=False, **settings)]
         buffer, copies = models[1].replay_buffer, []
 

@@ -25,7 +25,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 
-from sb3_mrq import MRQ
+from sb3_mrq import DRQ, MRQ, drq
 from sb3_mrq.policies import MRQPolicy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,17 +180,30 @@ def check_default(name: str, cell: str, parameter: inspect.Parameter) -> None:
         assert value == default and type(value) in (type(default), int), f"{name} is {default}, not {cell}"
 
 
-@pytest.mark.parametrize(("heading", "owner"), [("MRQ", MRQ), ("policy_kwargs", MRQPolicy)])
-def test_hyperparameters(heading, owner):
-    """Each argument of the constructor has one line, with its default, and there are no others."""
-    parameters = parameters_of(owner.__init__)
+@pytest.mark.parametrize(
+    ("heading", "owner", "sibling"), [("MRQ and DRQ", MRQ, DRQ), ("policy_kwargs", MRQPolicy, drq.MlpPolicy)]
+)
+def test_hyperparameters(heading, owner, sibling):
+    """Each argument of the constructor has one line, with its default and another one of DR.Q, and there are no others."""
+    parameters, others = parameters_of(owner.__init__), parameters_of(sibling.__init__)
     table = rows("hyperparameters.md", heading)
     names = [row[0].strip("`") for row in table]
     assert len(names) == len(set(names))
     assert set(names) == parameters.keys()
     for name, (_, default, meaning, *_) in zip(names, table, strict=True):
+        default, _, other = default.rstrip(")").partition(" (")
         check_default(name, default, parameters[name])
+        check_default(name, other or default, others[name])
         assert meaning, name
+
+
+def test_what_differs_in_drq():
+    """The table of differences names all of them, and the defaults that it speaks of."""
+    (table,) = [re.findall(r"`(\w+)`", row) for row in [(DOCS / "drq.md").read_text("utf-8").partition("Age is")[0]]]
+    ours, theirs = parameters_of(MRQ.__init__), parameters_of(DRQ.__init__)
+    assert ours.keys() == theirs.keys()
+    different = {name for name in ours if ours[name].default != theirs[name].default}
+    assert different | {"infonce_temperature", "replay_fade_min"} == set(table) & ours.keys() - {"policy_kwargs"}
 
 
 SAME_EVERYWHERE = {

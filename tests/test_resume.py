@@ -24,7 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
-from sb3_mrq import MRQ
+from sb3_mrq import DRQ, MRQ
 from sb3_mrq.accelerate.updates import Updates
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.persist.checkpoints import get_generators, list_checkpoints
@@ -43,6 +43,8 @@ CASES = {
         ("vector", "Box", 2, "noise"),
         ("vector", "Box", 1, "episodes"),
         ("vector", "Box", 1, "unseeded"),
+        ("vector", "Box", 2, "drq"),
+        ("frames", "Discrete", 1, "drq"),
     ]
 }
 
@@ -69,6 +71,8 @@ def make_model(env, observation, kind, **kwargs):
         kwargs["train_freq"] = (1, "episode")
     if kind == "unseeded":
         kwargs["seed"] = None
+    if kind == "drq":
+        kwargs |= {"algorithm": DRQ, "replay_fade": 0.9}
     return tiny_model(env, policy_for(OBSERVATIONS[observation]), learning_rate=lambda p: 1e-3 * p, **kwargs)
 
 
@@ -123,7 +127,8 @@ def resume_all(folder):
         random.seed(99)
         np.random.seed(98)
         th.manual_seed(97)
-        model = MRQ.resume(first_checkpoint(folder / name).path, make_env(*case), device="cpu")
+        algorithm = DRQ if case[-1] == "drq" else MRQ
+        model = algorithm.resume(first_checkpoint(folder / name).path, make_env(*case), device="cpu")
         SpaceEnv().reset(seed=5)
         random.random(), np.random.rand(), th.rand(1)
         model.learn(model.remaining_timesteps, reset_num_timesteps=False)

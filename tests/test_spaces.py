@@ -1,6 +1,8 @@
 """
-Every observation space with a Box and a discrete action space: MRQ learns, and its actions lie in the space.
+Every observation space with a Box and a discrete action space: the algorithms learn, and their actions lie in the space.
 """
+
+import itertools
 
 import gymnasium as gym
 import numpy as np
@@ -11,6 +13,8 @@ from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
+
+from sb3_mrq import DRQ, MRQ
 
 OBSERVATION_SPACES = {
     "flat": VECTOR,
@@ -71,22 +75,24 @@ def batch_of(space, n):
 BOX_ACTIONS = [name for name, space in ACTION_SPACES.items() if isinstance(space, spaces.Box)]
 DISCRETE_ACTIONS = [name for name in ACTION_SPACES if name not in BOX_ACTIONS]
 # Observations and actions meet only in the replay buffer and in g, so not every pair is needed: each observation space has one
-# Box and one discrete action space, in turn
-PAIRS = [
-    (observation, actions[i % len(actions)])
+# Box and one discrete action space, in turn, one of them with MRQ and the other with DRQ
+CASES = [
+    (observation, actions[i % len(actions)], (MRQ, DRQ)[(i // 4 + j) % 2])
     for i, observation in enumerate(OBSERVATION_SPACES)
-    for actions in (BOX_ACTIONS, DISCRETE_ACTIONS)
+    for j, actions in enumerate((BOX_ACTIONS, DISCRETE_ACTIONS))
 ]
 
 
-def test_every_action_space_is_in_a_pair():
-    assert {action for _, action in PAIRS} == ACTION_SPACES.keys()
+def test_every_pair_is_in_a_case():
+    everything = itertools.product((MRQ, DRQ), ACTION_SPACES)
+    assert {(algorithm, action) for _, action, algorithm in CASES} == set(everything)
 
 
-@pytest.mark.parametrize(("observation", "action"), PAIRS)
-def test_learns_and_acts(observation, action):
+@pytest.mark.parametrize(("observation", "action", "algorithm"), CASES)
+def test_learns_and_acts(observation, action, algorithm):
     env = SpaceEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action], length=4)
-    model = tiny_model(env, policy_for(env.observation_space), target_update_interval=3, batch_size=4)
+    settings = dict(target_update_interval=3, batch_size=4)
+    model = tiny_model(env, policy_for(env.observation_space), algorithm=algorithm, **settings)
     learn_and_check(model, 15)
     for deterministic in (True, False):
         single, state = model.predict(env.observation_space.sample(), deterministic=deterministic)

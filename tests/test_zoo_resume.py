@@ -13,8 +13,8 @@ from test_zoo import SMALL
 
 import sb3_mrq.zoo
 from sb3_mrq.persist.checkpoints import list_checkpoints
-from sb3_mrq.zoo.cli import _newest_checkpoint, run
 from sb3_mrq.zoo.configuration import ConfigurationError
+from sb3_mrq.zoo.scripts import _newest_checkpoint, run
 
 CALLBACK = "sb3_mrq.callbacks.ResumableCheckpointCallback"
 

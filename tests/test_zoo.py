@@ -150,7 +150,7 @@ class TestConfiguration:
         section = "  policy: CnnPolicy\n  n_timesteps: 10\n"
         path = write(tmp_path, f"ALE/Pong-v5:\n{section}atari:\n{section}  gama: 1\n")
         assert manager(tmp_path, "ALE/Pong-v5", config=path).read_hyperparameters()[0]["n_timesteps"] == 10
-        with pytest.raises(ConfigurationError, match="line 6: .* gama"):
+        with pytest.raises(ConfigurationError, match=r"line 7: .* gama"):
             manager(tmp_path, "ALE/Breakout-v5", config=path).read_hyperparameters()
         # rl-zoo3 takes no default for these
         path = write(tmp_path, f"default:\n{section}")

@@ -289,11 +289,11 @@ def _text_without_quotes() -> Iterator[None]:
                 settings[name] = text
         setattr(namespace, self.dest, settings)
 
-    StoreDict.__call__ = store
+    StoreDict.__call__ = store  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StoreDict.__call__ = evaluate
+        StoreDict.__call__ = evaluate  # type: ignore[method-assign]
 
 
 def _plot(script: str, arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 
 import gymnasium as gym
 
-from sb3_mrq import __version__
+import sb3_mrq
 
 USAGE = """usage: sb3-mrq <script> [arguments]
        sb3-mrq --help | --version
@@ -111,9 +111,10 @@ def main() -> None:
         print(USAGE)
         sys.exit(0 if script else 2)
     if script == "--version":
-        print(f"sb3-mrq {__version__}")
+        print(f"sb3-mrq {sb3_mrq.__version__}")
         return
     try:
+        # Help and version do without rl-zoo3
         from sb3_mrq.zoo.scripts import run
 
         run(script, arguments)

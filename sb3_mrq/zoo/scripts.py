@@ -100,7 +100,8 @@ def _check_trained(env_id: str, folder: str) -> None:
     """
     name = EnvironmentName(env_id)
     runs = Path(folder) / "mrq"
-    if not (runs / f"{name}.zip").is_file() and not any(runs.glob(f"{glob.escape(name)}_*")):
+    # With --exp-id -1, models lie in the folder of the algorithm itself
+    if not any(runs.glob(f"{glob.escape(name)}_*")) and not any(runs.glob("*.zip")):
         raise ConfigurationError(
             f"There is no model of mrq for {env_id} in the folder {folder}. Name the log folder of sb3-mrq train with -f: its "
             "default is logs."

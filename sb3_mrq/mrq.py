@@ -295,6 +295,16 @@ class MRQ(ResumableOffPolicyAlgorithm):
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
 
+    def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
+        """
+        The values of actions, in units of the reward, see :meth:`sb3_mrq.policies.MRQPolicy.q_values`.
+
+        :param observations: one or a batch, as ``predict`` takes them
+        :param actions: one for each, as the environment takes them, or None for all of a Discrete space
+        :return: (B, n_critics), or (B, n_actions, n_critics) without ``actions``; without B for one observation
+        """
+        return self.policy.q_values(observations, actions)
+
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
         Do training steps. Each is one update of the value heads and one of the policy. Every ``target_update_interval`` steps,

@@ -335,6 +335,57 @@ class MRQPolicy(BasePolicy):
         actions, state = super().predict(observation, state, episode_start, deterministic)
         return np.asarray(actions, dtype=self.action_space.dtype), state
 
+    def q_values(self, observations: np.ndarray | dict[str, np.ndarray], actions: np.ndarray | None = None) -> np.ndarray:
+        """
+        The values of all heads, in units of the reward (of the normalised one behind a ``VecNormalize`` that normalises
+        rewards). The policy and the value target go by their mean and their minimum.
+
+        :param observations: one or a batch, as ``predict`` takes them
+        :param actions: an action for each observation, as the environment takes them; None for all actions of a Discrete
+            space, in ascending order
+        :return: (B, n_critics), or (B, n_actions, n_critics) without ``actions``; without the first axis for one observation
+        :raises ValueError: if the actions do not fit the observations or the space, or are missing for another space
+        """
+        if isinstance(observations, tuple):  # type: ignore[unreachable]
+            raise ValueError("observations is a tuple, perhaps what reset returned: pass its first part, the observations.")
+        self.set_training_mode(False)
+        with th.no_grad():
+            obs, is_batch = self.obs_to_tensor(observations)
+            z_s = self.encoder.state(self.preprocess(obs))
+            if actions is not None:
+                vectors = self.action_vectors(actions if is_batch else np.asarray(actions)[None])
+                if len(vectors) != len(z_s):
+                    raise ValueError(f"There are {len(vectors)} actions for {len(z_s)} observations: pass one for each.")
+                q = self._q(z_s, vectors)
+            elif isinstance(self.action_space, spaces.Discrete):
+                n = int(self.action_space.n)
+                vectors = th.eye(n, device=z_s.device).repeat(len(z_s), 1)
+                q = self._q(z_s.repeat_interleave(n, dim=0), vectors).unflatten(0, (len(z_s), n))
+            else:
+                raise ValueError(f"The actions of {self.action_space} cannot be listed: pass actions.")
+        return (q if is_batch else q[0]).cpu().numpy()
+
+    def _q(self, z_s: th.Tensor, vectors: th.Tensor) -> th.Tensor:
+        return self.critic.value(self.critic(self.encoder.state_action(z_s, vectors))) * self.critic.reward_scale
+
+    def action_vectors(self, actions: np.ndarray) -> th.Tensor:
+        """
+        :param actions: as the environment takes them, (B, ...)
+        :return: action vectors a, as the state-action encoder takes them, (B, A)
+        :raises ValueError: for another shape, or discrete actions that are not in the space
+        """
+        actions, space = np.asarray(actions), self.action_space
+        if space.shape == () and actions.ndim == 2 and actions.shape[1] == 1:
+            # As replay buffers store them
+            actions = actions[:, 0]
+        if actions.ndim == 0 or actions.shape[1:] != space.shape:
+            raise ValueError(f"An action has the shape {actions.shape[1:]}, but must have {space.shape}, as in {space}.")
+        if isinstance(space, spaces.Box):
+            actions = self.scale_action(actions)
+        elif not all(map(space.contains, actions)):
+            raise ValueError(f"The actions {actions.tolist()} are not all in the action space {space}.")
+        return self.actions.encode(th.as_tensor(actions.reshape(len(actions), -1), device=self.device))
+
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
         Rescale the action from [low, high] to [-1, 1], in float64.

@@ -211,7 +211,7 @@ def check_argument(name: str, value: Any, requirement: Requirement) -> Any:
     :param name: of the argument
     :param value: of the argument
     :param requirement: what it must be
-    :return: the value, scalars of NumPy as those of Python
+    :return: the value, scalars of NumPy converted to Python
     :raises ValueError: if it is something else, with name, value and remedy
     """
     value = plain(value)
@@ -222,8 +222,8 @@ def check_argument(name: str, value: Any, requirement: Requirement) -> Any:
 
 def explain_foreign(owner: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """
-    Decorator of a constructor, which answers an argument of another algorithm with what takes its place. A decorator, so that
-    signature, help and type checks are those of the constructor, which ``**kwargs`` would make weaker.
+    Decorator of a constructor, which answers an argument of another algorithm with what takes its place. A decorator
+    leaves signature, help and type checks to the constructor, while ``**kwargs`` would weaken them.
 
     :param owner: name of the class, in ``FOREIGN_ARGUMENTS``
     """

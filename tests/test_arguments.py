@@ -103,7 +103,7 @@ def test_arguments_of_the_policy_of_a_wrong_type(name, value, remedy):
 
 
 def test_numbers_of_numpy():
-    """They become those of Python, which Stable-Baselines3 and the random generators ask for."""
+    """They are converted to Python, as Stable-Baselines3 and the random generators ask for."""
     numbers = {"train_freq": np.int64(2), "seed": np.int64(3), "batch_size": np.int32(8), "gamma": np.float32(0.5)}
     numbers |= {"learning_rate": np.float32(0.25), "reward_scaling": np.bool_(False), "gradient_steps": np.int64(1)}
     model = tiny_model(SpaceEnv(), policy_kwargs={"net_arch": np.array([16, 16]), "n_critics": np.int64(3)}, **numbers)
@@ -139,7 +139,7 @@ def test_what_to_write_instead_of_text_is_a_number_in_yaml(text):
 
 
 def test_every_argument_is_checked():
-    """But for those of which Stable-Baselines3 or torch say what is wrong, or that have no effect."""
+    """Except where Stable-Baselines3 or torch say what is wrong, or where an argument has no effect."""
     elsewhere = {"policy", "env", "device", "verbose", "_init_setup_model", "optimize_memory_usage", "replay_buffer_class"}
     assert REQUIREMENTS.keys() == inspect.signature(MRQ).parameters.keys() - elsewhere
     elsewhere = {"observation_space", "action_space", "lr_schedule", "encoder_lr_schedule", "net_arch"}

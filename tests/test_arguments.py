@@ -12,7 +12,6 @@ import yaml
 from envs import BOX, IMAGE, VECTOR, SpaceEnv, learn_and_check, policy_for, tiny_model
 from gymnasium import spaces
 from stable_baselines3 import DQN, SAC, TD3
-from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import nn
@@ -155,7 +154,7 @@ def test_arguments_of_other_algorithms(algorithm):
             MRQ("MlpPolicy", SpaceEnv(), **{name: 1})
 
 
-@pytest.mark.parametrize("policy", [TD3Policy, SACPolicy, DQNPolicy], ids=lambda policy: policy.__name__)
+@pytest.mark.parametrize("policy", [TD3Policy, SACPolicy], ids=lambda policy: policy.__name__)
 @pytest.mark.parametrize("ours", ["MlpPolicy", "CnnPolicy"])
 def test_arguments_of_other_policies(policy, ours):
     space = IMAGE if ours == "CnnPolicy" else VECTOR

@@ -56,8 +56,8 @@ def complete_net_arch(net_arch: list[int] | dict[str, list[int]] | None) -> dict
         layers = list(sizes) if isinstance(sizes, (list, tuple, np.ndarray)) else None
         if layers is None or not all(map(UNITS.accepts, layers)) or (key == "encoder" and not layers):
             raise ValueError(
-                f"net_arch[{key!r}] is {sizes!r}, but must be a list of integers: each layer needs at least two units, and the "
-                "encoder at least one layer."
+                f"net_arch[{key!r}] is {sizes!r}, but must be a list of integers: each layer needs at least two units, and "
+                "the encoder at least one layer."
             )
         complete[key] = [int(size) for size in layers]
     return complete

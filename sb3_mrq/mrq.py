@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
 from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters, check_replay_buffer, warn_about_settings
@@ -116,11 +117,13 @@ class MRQ(ResumableOffPolicyAlgorithm):
     actor: Actor
     actor_target: Actor
 
+    NETWORKS = ("encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target")
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
     # Steps from which compiling saves time: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms per step
     COMPILE_FROM = 10_000
 
+    @explain_foreign("MRQ")
     def __init__(
         self,
         policy: str | type[MRQPolicy],
@@ -233,7 +236,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
             **self.policy_kwargs,
         )
         self.policy = self.policy.to(self.device)
-        self._create_aliases()
+        for name in self.NETWORKS:
+            setattr(self, name, getattr(self.policy, name))
         self._convert_train_freq()
         restore_old_reward_scales(self)
         # Computed once, as networks and device do not change
@@ -243,14 +247,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.updates.compile(self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
             print("Using bfloat16 for matrix products of updates")
-
-    def _create_aliases(self) -> None:
-        self.encoder = self.policy.encoder
-        self.encoder_target = self.policy.encoder_target
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
-        self.actor = self.policy.actor
-        self.actor_target = self.policy.actor_target
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -289,7 +285,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         assert self.replay_buffer is not None
         check_hyperparameters(self)
         check_replay_buffer(self, self.replay_buffer)
-        self.replay_buffer.check_size()
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         warn_about_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
@@ -299,6 +294,16 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
+
+    def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
+        """
+        The values of actions, in units of the reward, see :meth:`sb3_mrq.policies.MRQPolicy.q_values`.
+
+        :param observations: one or a batch, as ``predict`` takes them
+        :param actions: one for each, as the environment takes them, or None for all of a Discrete space
+        :return: (B, n_critics), or (B, n_actions, n_critics) without ``actions``; without B for one observation
+        """
+        return self.policy.q_values(observations, actions)
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -414,8 +419,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
-        return [*super()._excluded_save_params(), *networks, "learner", "updates", "automatic_precision"]
+        return [*super()._excluded_save_params(), *self.NETWORKS, "learner", "updates", "automatic_precision"]
 
     def get_parameters(self) -> dict[str, dict]:
         """
@@ -442,5 +446,4 @@ class MRQ(ResumableOffPolicyAlgorithm):
         super().set_parameters(add_reward_scales(self, load_path_or_dict, device), exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]
-        return state_dicts, []
+        return ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"], []

@@ -160,6 +160,8 @@ class TestConfiguration:
     def test_unknown_on_the_command_line(self, tmp_path):
         with pytest.raises(ConfigurationError, match="command line: MRQ has no hyperparameter horizon"):
             manager(tmp_path, hyperparams={"horizon": 3}).read_hyperparameters()
+        with pytest.raises(ConfigurationError, match=r"no hyperparameter tau\. target_update_interval takes its place"):
+            manager(tmp_path, hyperparams={"tau": 0.005}).read_hyperparameters()
         with pytest.raises(ConfigurationError, match="device is not set here"):
             manager(tmp_path, hyperparams={"device": "cpu"}).read_hyperparameters()
 

@@ -12,6 +12,7 @@ import yaml
 
 import sb3_mrq
 from sb3_mrq import MRQ
+from sb3_mrq.arguments import FOREIGN_ARGUMENTS
 
 # Keys that rl-zoo3 removes before passing a section to the constructor
 ZOO_KEYS = frozenset(
@@ -31,6 +32,7 @@ ZOO_KEYS = frozenset(
 )
 # Arguments of the constructor that rl-zoo3 sets itself
 GIVEN_BY_ZOO = frozenset({"self", "env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"})
+FOREIGN = FOREIGN_ARGUMENTS["MRQ"]
 HYPERPARAMETERS = frozenset(inspect.signature(MRQ.__init__).parameters) - GIVEN_BY_ZOO
 
 
@@ -119,7 +121,8 @@ def check_hyperparameter_names(names: Iterable[str], where: str) -> None:
         if name in GIVEN_BY_ZOO:
             raise ConfigurationError(f"{where}: {name} is not set here, but on the command line.")
         if name not in known:
-            raise ConfigurationError(f"{where}: MRQ has no hyperparameter {name}.{closest(name, known)}")
+            hint = f" {FOREIGN[name]}" if name in FOREIGN else closest(name, known)
+            raise ConfigurationError(f"{where}: MRQ has no hyperparameter {name}.{hint}")
 
 
 def check_section(hyperparams: dict[str, Any], where: str) -> None:

@@ -27,9 +27,9 @@ from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 from sb3_mrq.checks import subspaces_of
 from sb3_mrq.persist.files import atomic_file
-from sb3_mrq.zoo.cli import run
 from sb3_mrq.zoo.configuration import ALGORITHMS
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
+from sb3_mrq.zoo.scripts import run
 
 # Steps between two checkpoints of mrq. Each contains the replay buffer, several gigabytes with images: these runs write one
 # every tenth of the run, within these two bounds.

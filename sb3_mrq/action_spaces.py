@@ -15,6 +15,8 @@ import torch as th
 from gymnasium import spaces
 from torch.nn import functional as F
 
+from sb3_mrq.arguments import UnsupportedSpaceError
+
 
 class BoxActions:
     """
@@ -25,21 +27,21 @@ class BoxActions:
 
     def __init__(self, space: spaces.Box):
         if not np.issubdtype(space.dtype, np.floating):
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"Box actions must be floats, not {space.dtype}: use a MultiDiscrete space for integers ({space})."
             )
         if 0 in space.shape:
-            raise ValueError(f"The action space {space} has no dimensions: use a space with at least one.")
+            raise UnsupportedSpaceError(f"The action space {space} has no dimensions: use a space with at least one.")
         for low, high in np.stack([space.low.ravel(), space.high.ravel()], axis=1):
             # As Python floats: the difference may overflow in the dtype of the space although actions can be scaled
             if not np.isfinite(float(high) - float(low)):
-                raise ValueError(
+                raise UnsupportedSpaceError(
                     f"Box actions need finite bounds with a finite difference, but a dimension of {space} goes from "
                     f"{low} to {high}: give bounds in the environment's action_space, or with "
                     "gymnasium.wrappers.TransformAction."
                 )
             if not low < high:
-                raise ValueError(
+                raise UnsupportedSpaceError(
                     f"A dimension of the action space {space} goes from {low} to {high}, but the upper bound must be "
                     "larger than the lower one: remove this dimension from the space."
                 )
@@ -128,11 +130,15 @@ class CategoricalActions:
             sizes, starts = [int(space.n)], [int(space.start)]
         elif isinstance(space, spaces.MultiDiscrete):
             if space.nvec.ndim != 1:
-                raise ValueError(f"MultiDiscrete actions must have one axis, not the shape {space.shape}: flatten {space}.")
+                raise UnsupportedSpaceError(
+                    f"MultiDiscrete actions must have one axis, not the shape {space.shape}: flatten {space}."
+                )
             sizes, starts = space.nvec.tolist(), np.broadcast_to(space.start, space.nvec.shape).tolist()
         else:
             if len(space.shape) != 1:
-                raise ValueError(f"MultiBinary actions must have one axis, not the shape {space.shape}: flatten {space}.")
+                raise UnsupportedSpaceError(
+                    f"MultiBinary actions must have one axis, not the shape {space.shape}: flatten {space}."
+                )
             sizes, starts = [2] * space.shape[0], [0] * space.shape[0]
         self.temperature = temperature
         self.dim = sum(sizes)
@@ -218,13 +224,13 @@ def make_actions(space: spaces.Space, temperature: float = 10.0) -> BoxActions |
     :param space: the action space
     :param temperature: temperature of the Gumbel-softmax, for discrete spaces
     :return: conversions of its actions
-    :raises ValueError: if the space is not supported
+    :raises UnsupportedSpaceError: if the space is not supported
     """
     if isinstance(space, spaces.Box):
         return BoxActions(space)
     if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return CategoricalActions(space, temperature)
-    raise ValueError(
+    raise UnsupportedSpaceError(
         f"MRQ supports Box, Discrete, MultiDiscrete and MultiBinary actions, not {space}: convert it, for example with "
         "gymnasium.wrappers.TransformAction."
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_mrq.arguments import Number, check_argument
+from sb3_mrq.hyperparameters import STEPS
 from sb3_mrq.off_policy_algorithm import ResumableOffPolicyAlgorithm
 from sb3_mrq.persist.checkpoints import write_checkpoint
 from sb3_mrq.persist.stopping import StopSignals
@@ -58,8 +60,8 @@ class ResumableCheckpointCallback(BaseCallback):
         verbose: int = 0,
     ):
         super().__init__(verbose)
-        if save_freq < 1 or (keep_last is not None and keep_last < 1):
-            raise ValueError(f"save_freq is {save_freq} and keep_last {keep_last}, but both must be at least 1.")
+        save_freq = check_argument("save_freq", save_freq, STEPS)
+        keep_last = check_argument("keep_last", keep_last, Number(integer=True, least=1, optional=True))
         if not name_prefix or Path(name_prefix).name != name_prefix:
             raise ValueError(f"name_prefix is {name_prefix!r}, but must be a valid beginning of a file name.")
         self.save_freq = save_freq

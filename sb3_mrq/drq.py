@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_mrq import policies
+from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.mrq import MRQ
 
 SelfDRQ = TypeVar("SelfDRQ", bound="DRQ")
@@ -90,6 +91,7 @@ class DRQ(MRQ):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    @explain_foreign("MRQ")
     def __init__(
         self,
         policy: str | type[policies.MRQPolicy],

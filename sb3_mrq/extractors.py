@@ -10,20 +10,30 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_ima
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_mrq.arguments import UnsupportedSpaceError, explain_foreign
 from sb3_mrq.networks import init_weights, layer_norm_mlp, make_activation
+
+MIN_SIZE = "31x31"
+# Works for images of any size
+FLATTEN = (
+    "Small ones can be flattened: policy_kwargs=dict(features_extractor_class=FlattenExtractor), from "
+    "stable_baselines3.common.torch_layers; or, in a Dict, gymnasium.wrappers.FlattenObservation with MlpPolicy."
+)
 
 
 def check_observation_space(space: spaces.Space) -> None:
     """
     :param space: the observation space
-    :raises ValueError: if the space is not supported
+    :raises UnsupportedSpaceError: if the space is not supported
     """
+    if isinstance(space, spaces.Dict) and not space.spaces:
+        raise UnsupportedSpaceError(f"The observation space {space} has no entries: nothing can be learned from it.")
     for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
         supported = isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiBinary)) or (
             isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim == 1
         )
         if not supported or 0 in part.shape or (isinstance(part, spaces.Box) and part.shape == ()):  # type: ignore[operator]
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"The observation space {space} is not supported. MRQ supports Box, Discrete, MultiDiscrete with one axis, "
                 "MultiBinary, and a Dict of these: convert it, for example with gymnasium.wrappers.FlattenObservation."
             )
@@ -36,16 +46,21 @@ class MLPExtractor(BaseFeaturesExtractor):
     :param observation_space: any supported space except images and Dict
     :param net_arch: sizes of the hidden layers, of which the last one is ``features_dim``
     :param activation_fn: activation function
-    :raises ValueError: if the space is an image space or a Dict
+    :raises UnsupportedSpaceError: if the space is an image space or a Dict
     """
 
+    @explain_foreign("MLPExtractor")
     def __init__(
         self, observation_space: spaces.Space, net_arch: tuple[int, ...] = (512, 512), activation_fn: type[nn.Module] = nn.ELU
     ):
         if is_image_space(observation_space):
-            raise ValueError(f"MlpPolicy does not take images ({observation_space}): use CnnPolicy.")
+            raise UnsupportedSpaceError(
+                f"MlpPolicy does not take images ({observation_space}): use CnnPolicy for {MIN_SIZE} pixels or more. {FLATTEN}"
+            )
         if isinstance(observation_space, spaces.Dict):
-            raise ValueError(f"MlpPolicy does not take Dict observations ({observation_space}): use MultiInputPolicy.")
+            raise UnsupportedSpaceError(
+                f"MlpPolicy does not take Dict observations ({observation_space}): use MultiInputPolicy."
+            )
         super().__init__(observation_space, net_arch[-1])
         self.layers = layer_norm_mlp(get_flattened_obs_dim(observation_space), list(net_arch), activation_fn)
         self.layers.apply(init_weights)
@@ -65,7 +80,7 @@ class CNNExtractor(BaseFeaturesExtractor):
     :param observation_space: channel-first images, at least 31x31
     :param activation_fn: activation function
     :param normalized_image: whether images are normalised already (``normalize_images=False``)
-    :raises ValueError: if the space is not an image space, or if the images are too small
+    :raises UnsupportedSpaceError: if the space is not an image space, or if the images are too small
     """
 
     CHANNELS = 32
@@ -73,11 +88,12 @@ class CNNExtractor(BaseFeaturesExtractor):
     # See StateEncoder; None in a subclass whose output for an image depends on the other images of the batch
     images_at_once: int | None = 8
 
+    @explain_foreign("CNNExtractor")
     def __init__(
         self, observation_space: spaces.Space, activation_fn: type[nn.Module] = nn.ELU, normalized_image: bool = False
     ):
         if not is_image_space(observation_space, normalized_image=normalized_image):
-            raise ValueError(
+            raise UnsupportedSpaceError(
                 f"CnnPolicy takes images (Box spaces with three axes, uint8, from 0 to 255), not {observation_space}: use "
                 "MlpPolicy for vectors, MultiInputPolicy for a Dict, or normalize_images=False in policy_kwargs for "
                 "channel-first float images that are already in [0, 1]."
@@ -87,11 +103,16 @@ class CNNExtractor(BaseFeaturesExtractor):
         size = height, width
         for stride in self.STRIDES:
             size = (size[0] - 3) // stride + 1, (size[1] - 3) // stride + 1
+        if width < min(channels, height):
+            raise UnsupportedSpaceError(
+                f"The channels of the images in {observation_space} come last, but must come first: transpose them, with "
+                "gymnasium.wrappers.TransformObservation."
+            )
         if min(size) < 1:
-            raise ValueError(
-                f"Images of {height}x{width} pixels are too small for the convolutions, which need at least 31x31 (space "
+            raise UnsupportedSpaceError(
+                f"Images of {height}x{width} pixels are too small for the convolutions, which need at least {MIN_SIZE} (space "
                 f"{observation_space}): enlarge them, for example with gymnasium.wrappers.ResizeObservation, or pass your own "
-                "features_extractor_class in policy_kwargs."
+                f"features_extractor_class in policy_kwargs. {FLATTEN}"
             )
         super().__init__(observation_space, self.CHANNELS * size[0] * size[1])
         layers: list[nn.Module] = []
@@ -118,11 +139,12 @@ class MultiInputExtractor(BaseFeaturesExtractor):
     :param net_arch: sizes of the hidden layers of the MLP
     :param activation_fn: activation function
     :param normalized_image: whether images are normalised already (``normalize_images=False``)
-    :raises ValueError: if the space is not a Dict, or if an image is too small
+    :raises UnsupportedSpaceError: if the space is not a Dict, or if an image is too small
     """
 
     images_at_once = CNNExtractor.images_at_once
 
+    @explain_foreign("MultiInputExtractor")
     def __init__(
         self,
         observation_space: spaces.Dict,
@@ -131,7 +153,9 @@ class MultiInputExtractor(BaseFeaturesExtractor):
         normalized_image: bool = False,
     ):
         if not isinstance(observation_space, spaces.Dict):
-            raise ValueError(f"MultiInputPolicy takes Dict observations, not {observation_space}: use MlpPolicy or CnnPolicy.")
+            raise UnsupportedSpaceError(
+                f"MultiInputPolicy takes Dict observations, not {observation_space}: use MlpPolicy or CnnPolicy."
+            )
         cnns: dict[str, nn.Module] = {}
         vector_dim = 0
         features_dim = 0

@@ -3,19 +3,122 @@ Hyperparameters of the updates, and checks of all hyperparameters.
 """
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Integral
+from os import PathLike
 from typing import Any
 
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from torch import nn
 
+from sb3_mrq.arguments import Instance, Number, OneOf, Requirement, Switch, check_argument, plain
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.persist.replay_files import buffer_mismatch_error
 
 #: precisions in which networks can compute; ``"auto"`` selects one of them
 PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+class TrainFrequency:
+    """A number of steps, or a pair of a number and a unit."""
+
+    _number = Number(integer=True, least=1)
+
+    def accepts(self, value: Any) -> bool:
+        number, unit = value if isinstance(value, tuple) and len(value) == 2 else (value, "step")
+        return self._number.accepts(number) and getattr(unit, "value", unit) in ("step", "episode")
+
+    def describe(self, value: Any) -> str:
+        return f"a pair such as (1, 'episode') or (1, 'step'), or {self._number.describe(value)}"
+
+
+FRACTION = Number(least=0, most=1)
+COUNT = Number(integer=True, least=1)
+# Compared with numbers of steps, so that 1e4 and infinity do
+STEPS = Number(least=1, infinite=True)
+NOT_NEGATIVE = Number(least=0)
+POSITIVE = Number(above=0)
+# Layer norm of a single unit is always zero
+UNITS = Number(integer=True, least=2)
+# What NumPy takes
+SEED = Number(integer=True, least=0, most=2**32 - 1, optional=True)
+LEARNING_RATE = Number(least=0, schedule=True)
+
+#: what each argument of ``MRQ`` must be, those left out are checked by Stable-Baselines3 or have a check of their own
+REQUIREMENTS: dict[str, Requirement] = {
+    "learning_rate": LEARNING_RATE,
+    "buffer_size": COUNT,
+    # Stable-Baselines3 takes any number: a float, and a negative one for none
+    "learning_starts": Number(infinite=True),
+    "batch_size": COUNT,
+    "gamma": FRACTION,
+    "train_freq": TrainFrequency(),
+    # Any negative number means as many as steps
+    "gradient_steps": Number(integer=True),
+    "action_noise": Instance(
+        (Callable, type(None)),  # type: ignore[arg-type]
+        "an ActionNoise such as NormalActionNoise, or None. The size of the built-in noise is exploration_noise.",
+    ),
+    "replay_buffer_kwargs": Instance((Mapping,), "a dict of arguments of the replay buffer, or None."),
+    "n_steps": COUNT,
+    "encoder_horizon": COUNT,
+    "target_update_interval": COUNT,
+    "encoder_learning_rate": LEARNING_RATE,
+    "exploration_noise": Number(least=0, infinite=True),
+    "target_policy_noise": NOT_NEGATIVE,
+    "target_noise_clip": Number(least=0, infinite=True),
+    "max_grad_norm": Number(above=0, infinite=True, optional=True),
+    "reward_scaling": Switch(),
+    "priority_alpha": NOT_NEGATIVE,
+    "min_td_error": POSITIVE,
+    "dynamics_loss_weight": NOT_NEGATIVE,
+    "reward_loss_weight": NOT_NEGATIVE,
+    "termination_loss_weight": NOT_NEGATIVE,
+    "infonce_loss_weight": NOT_NEGATIVE,
+    "infonce_temperature": POSITIVE,
+    "replay_fade": Number(above=0, most=1),
+    "replay_fade_min": FRACTION,
+    "pre_activation_weight": NOT_NEGATIVE,
+    "random_shift_pad": Number(integer=True, least=0),
+    "precision": OneOf(("auto", *PRECISIONS)),
+    "compile_updates": OneOf(("auto", True, False)),
+    "stats_window_size": Number(integer=True, least=0),
+    "tensorboard_log": Instance((str, PathLike, type(None)), "a folder, or None."),
+    "policy_kwargs": Instance((Mapping,), "a dict of arguments of the policy, or None."),
+    "seed": SEED,
+}
+
+
+class ModuleClass:
+    """A class of modules, or another function that makes one."""
+
+    def accepts(self, value: Any) -> bool:
+        return callable(value) and not isinstance(value, nn.Module)
+
+    def describe(self, value: Any) -> str:
+        return "a class such as torch.nn.ReLU, neither its name nor an instance."
+
+
+#: what each argument of ``MRQPolicy`` must be, but for ``net_arch``
+POLICY_REQUIREMENTS: dict[str, Requirement] = {
+    "activation_fn": ModuleClass(),
+    "actor_activation_fn": ModuleClass(),
+    "z_s_dim": UNITS,
+    "z_a_dim": COUNT,
+    "z_sa_dim": COUNT,
+    "n_reward_bins": Number(integer=True, least=2),
+    # Beyond 80 the exponential leaves the range of float32
+    "reward_bins_limit": Number(above=0, most=80),
+    "gumbel_temperature": POSITIVE,
+    "features_extractor_class": Instance((type,), "a class derived from BaseFeaturesExtractor."),
+    "features_extractor_kwargs": Instance((Mapping, type(None)), "a dict of arguments of the features extractor, or None."),
+    "normalize_images": Switch(),
+    "optimizer_class": Instance((type, partial), "a class such as torch.optim.AdamW."),
+    "optimizer_kwargs": Instance((Mapping, type(None)), "a dict of arguments of the optimizer, or None."),
+    "n_critics": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -71,63 +174,35 @@ class UpdateHyperparameters:
 
 def check_hyperparameters(model: Any) -> None:
     """
+    Check all hyperparameters, and convert scalars of NumPy to Python.
+
     :param model: an ``MRQ``
     :raises ValueError: if a hyperparameter of the model is invalid
     """
-    for name, least in (
-        ("n_steps", 1),
-        ("encoder_horizon", 1),
-        ("batch_size", 1),
-        ("target_update_interval", 1),
-        ("random_shift_pad", 0),
-        ("buffer_size", 1),
-    ):
-        value = getattr(model, name)
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}.")
-    for name in (
-        "exploration_noise",
-        "target_policy_noise",
-        "target_noise_clip",
-        "priority_alpha",
-        "dynamics_loss_weight",
-        "reward_loss_weight",
-        "termination_loss_weight",
-        "infonce_loss_weight",
-        "pre_activation_weight",
-    ):
-        value = getattr(model, name)
-        if not value >= 0:
-            raise ValueError(f"{name} is {value}, but must not be negative.")
-    for name in ("max_grad_norm", "min_td_error", "infonce_temperature"):
-        value = getattr(model, name)
-        if not (value is None and name == "max_grad_norm") and not value > 0:
-            raise ValueError(f"{name} is {value}, but must be positive.")
-    for name, choices in (
-        ("precision", ("auto", *PRECISIONS)),
-        ("compile_updates", ("auto", True, False)),
-    ):
-        value = getattr(model, name)
-        # 1 is equal to True
-        if value not in choices or not isinstance(value, (str, bool)):
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
-    if not 0 <= model.gamma <= 1:
-        raise ValueError(f"gamma is {model.gamma}, but must be between 0 and 1.")
-    if not 0 < model.replay_fade <= 1:
-        raise ValueError(f"replay_fade is {model.replay_fade}, but must be above 0 and at most 1 (no fading).")
-    if not 0 <= model.replay_fade_min <= 1:
-        raise ValueError(f"replay_fade_min is {model.replay_fade_min}, but must be between 0 and 1.")
+    for name, requirement in REQUIREMENTS.items():
+        attribute = name if hasattr(model, name) else f"_{name}"
+        value = getattr(model, attribute)
+        if type(value) is tuple:
+            value = tuple(map(plain, value))
+        setattr(model, attribute, check_argument(name, value, requirement))
     if model.action_noise is not None and not isinstance(model.action_space, spaces.Box):
         raise ValueError(
             f"action_noise is for Box actions, not {model.action_space}: leave it out and set exploration_noise instead."
         )
-    for name, argument in (("horizon", "encoder_horizon"), ("n_steps", "n_steps")):
+    for name, argument in (
+        ("horizon", "encoder_horizon"),
+        ("n_steps", "n_steps"),
+        ("fade", "replay_fade"),
+        ("fade_min", "replay_fade_min"),
+    ):
         if name in model.replay_buffer_kwargs:
             raise ValueError(f"replay_buffer_kwargs sets {name}, but the model needs it too: pass {argument} to the model.")
-    if model.replay_buffer_class is not None and not issubclass(model.replay_buffer_class, SubtrajectoryReplayBuffer):
+    buffer_class = model.replay_buffer_class
+    is_ours = isinstance(buffer_class, type) and issubclass(buffer_class, SubtrajectoryReplayBuffer)
+    if buffer_class is not None and not is_ours:
         raise ValueError(
-            f"{model.replay_buffer_class.__name__} cannot sample the sub-trajectories that MR.Q learns from: omit "
-            "replay_buffer_class, or pass a subclass of sb3_mrq.buffers.SubtrajectoryReplayBuffer."
+            f"{getattr(buffer_class, '__name__', repr(buffer_class))} cannot sample the sub-trajectories that MR.Q learns "
+            "from: omit replay_buffer_class, or pass a subclass of sb3_mrq.buffers.SubtrajectoryReplayBuffer."
         )
 
 
@@ -153,6 +228,7 @@ def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
     ):
         if found != expected:
             raise buffer_mismatch_error(name, found, expected)
+    replay_buffer.check_size()
 
 
 def warn_about_settings(model: Any, last_step: int, reset_num_timesteps: bool, bfloat16_is_fast: bool) -> None:

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
 from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import check_observation_space
 from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters, check_replay_buffer, warn_about_settings
@@ -43,18 +44,14 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: learning rate of value heads and policy,
-        it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: learning rate of value heads and policy, or a function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots, the last one
         for its final observation.
-    :param learning_starts: how many steps of the model to collect transitions for before learning starts, over all
-        environments. Until then actions are uniformly random.
+    :param learning_starts: how many uniformly random steps to do before learning starts, over all environments
     :param batch_size: Minibatch size for each gradient update
     :param gamma: the discount factor
-    :param train_freq: Update the model every ``train_freq`` steps. Alternatively pass a tuple of frequency and unit
-        like ``(5, "step")`` or ``(2, "episode")``.
-    :param gradient_steps: How many training steps to do after each rollout (see ``train_freq``)
-        Set to ``-1`` means to do as many as steps done in the environment during the rollout.
+    :param train_freq: Update the model every so many steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: How many training steps to do after each rollout, -1 for as many as environment steps in it
     :param action_noise: exploration noise for Box actions, replaces the built-in Gaussian noise (see ``exploration_noise``)
     :param replay_buffer_class: Replay buffer class to use, a :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer` (the default)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
@@ -63,8 +60,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param encoder_horizon: Horizon over which the encoder predicts
     :param target_update_interval: Number of training steps (not environment steps, as in DQN) between replacements of the
         target networks. Each replacement also updates the reward scale, and is followed by as many encoder updates.
-    :param encoder_learning_rate: learning rate of the encoder,
-        it can be a function of the current progress remaining (from 1 to 0)
+    :param encoder_learning_rate: learning rate of the encoder, or a function of the progress remaining (from 1 to 0)
     :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. It is
         halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
@@ -85,21 +81,17 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param precision: Precision of matrix products and activations in updates: ``"float32"``; ``"tf32"`` for matrix products in
         TF32 on GPUs that support it; ``"bfloat16"`` for processors with AMX or AVX512-BF16 and for GPUs. ``"auto"`` selects
         bfloat16 on such processors for vector observations and layers of this package and of torch, else float32.
-        ``model.learner.hyperparameters.precision`` is the selected one. With bfloat16, normalise observations that differ by
-        less than one per cent of their size.
+        With bfloat16, normalise observations that differ by less than one per cent of their size.
     :param compile_updates: Whether to compile the losses with ``torch.compile``, which takes up to two minutes when training
         starts, and to capture training steps as CUDA graphs on a CUDA device. ``"auto"`` only captures on a CUDA device, and
         compiles on a CPU if the run is planned for at least ``COMPILE_FROM`` steps after the warm-up. If either fails,
         training continues without it, with a warning. Changes after the model is created or loaded have no effect.
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param stats_window_size: Number of episodes that the rollout logging averages success rate, length and reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation. See :class:`~sb3_mrq.policies.MRQPolicy`
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device used), 2 for debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run, the GPU if possible for auto
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     """
 
@@ -117,11 +109,13 @@ class MRQ(ResumableOffPolicyAlgorithm):
     actor: Actor
     actor_target: Actor
 
+    NETWORKS = ("encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target")
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
     # Steps from which compiling saves time: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms per step
     COMPILE_FROM = 10_000
 
+    @explain_foreign("MRQ")
     def __init__(
         self,
         policy: str | type[MRQPolicy],
@@ -233,9 +227,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
 
-        self._create_replay_buffer(
-            horizon=self.encoder_horizon, n_steps=self.n_steps, fade=self.replay_fade, fade_min=self.replay_fade_min
-        )
+        fade = dict(fade=self.replay_fade, fade_min=self.replay_fade_min)
+        self._create_replay_buffer(horizon=self.encoder_horizon, n_steps=self.n_steps, **fade)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space,
             self.action_space,
@@ -244,7 +237,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
             **self.policy_kwargs,
         )
         self.policy = self.policy.to(self.device)
-        self._create_aliases()
+        for name in self.NETWORKS:
+            setattr(self, name, getattr(self.policy, name))
         self._convert_train_freq()
         restore_old_reward_scales(self)
         # Computed once, as networks and device do not change
@@ -254,14 +248,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.updates.compile(self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
             print("Using bfloat16 for matrix products of updates")
-
-    def _create_aliases(self) -> None:
-        self.encoder = self.policy.encoder
-        self.encoder_target = self.policy.encoder_target
-        self.critic = self.policy.critic
-        self.critic_target = self.policy.critic_target
-        self.actor = self.policy.actor
-        self.actor_target = self.policy.actor_target
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -300,7 +286,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         assert self.replay_buffer is not None
         check_hyperparameters(self)
         check_replay_buffer(self, self.replay_buffer)
-        self.replay_buffer.check_size()
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
         last_step = total_timesteps + (0 if reset_num_timesteps else self.num_timesteps)
         warn_about_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
@@ -310,6 +295,16 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
+
+    def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
+        """
+        Values of actions, in units of the reward, see :meth:`sb3_mrq.policies.MRQPolicy.q_values`.
+
+        :param observations: one or a batch, as ``predict`` takes them
+        :param actions: one for each, as the environment takes them, or None for all of a Discrete space
+        :return: (B, n_critics), or (B, n_actions, n_critics) without ``actions``; without B for one observation
+        """
+        return self.policy.q_values(observations, actions)
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """
@@ -425,8 +420,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        networks = ["encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target"]
-        return [*super()._excluded_save_params(), *networks, "learner", "updates", "automatic_precision"]
+        return [*super()._excluded_save_params(), *self.NETWORKS, "learner", "updates", "automatic_precision"]
 
     def get_parameters(self) -> dict[str, dict]:
         """
@@ -453,5 +447,4 @@ class MRQ(ResumableOffPolicyAlgorithm):
         super().set_parameters(add_reward_scales(self, load_path_or_dict, device), exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"]
-        return state_dicts, []
+        return ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"], []

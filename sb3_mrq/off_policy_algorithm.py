@@ -361,7 +361,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         If a checkpoint is damaged, the one before it is used, with a warning. Like all models of Stable-Baselines3,
         checkpoints contain pickles: only resume from checkpoints that you trust.
 
-        :param folder: folder of checkpoints, or one checkpoint
+        :param folder: folder of checkpoints, one checkpoint, or its ``model.zip``
         :param env: environment of the same kind as in the run (if registered in Gym, can be str). If the run used
             ``VecNormalize``, the environment is wrapped in one if necessary, and statistics and settings are restored.
         :param device: Device on which the code should run.

@@ -3,6 +3,7 @@ Policies of MR.Q: networks for an observation and an action space, their optimis
 """
 
 import inspect
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.arguments import check_argument, explain_foreign
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
+from sb3_mrq.hyperparameters import POLICY_REQUIREMENTS, UNITS
 from sb3_mrq.networks import (
     Actor,
     Critic,
@@ -38,20 +41,25 @@ def complete_net_arch(
     :param net_arch: hidden layers of ``encoder``, ``qf`` and ``pi``; a list sets ``qf`` and ``pi``, as in TD3
     :param default: hidden layers for missing keys
     :return: hidden layers of all three
-    :raises ValueError: if a key is unknown, a size is below 2, or the encoder has no hidden layers
+    :raises ValueError: if a key is unknown, a size is no integer or below 2, or the encoder has no hidden layers
     """
-    if isinstance(net_arch, (list, tuple)):
-        net_arch = {"qf": list(net_arch), "pi": list(net_arch)}
-    unknown = set(net_arch or {}) - set(default)
+    given: Any = {} if net_arch is None else net_arch
+    if isinstance(given, (list, tuple, np.ndarray)):
+        given = {"qf": given, "pi": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"net_arch is {given!r}, but must be a list such as [256, 256], or a dict of lists.")
+    unknown = given.keys() - default
     if unknown:
-        raise ValueError(f"net_arch has the keys {', '.join(default)}, not {', '.join(sorted(unknown))}.")
-    complete = {key: list(sizes) for key, sizes in (default | (net_arch or {})).items()}
-    for key, sizes in complete.items():
-        # Layer norm of a single unit is always zero
-        if any(size < 2 for size in sizes) or (key == "encoder" and not sizes):
+        raise ValueError(f"net_arch has the keys {', '.join(default)}, not {', '.join(sorted(map(str, unknown)))}.")
+    complete = {}
+    for key, sizes in (default | dict(given)).items():
+        layers = list(sizes) if isinstance(sizes, (list, tuple, np.ndarray)) else None
+        if layers is None or not all(map(UNITS.accepts, layers)) or (key == "encoder" and not layers):
             raise ValueError(
-                f"net_arch[{key!r}] is {sizes}, but each layer needs at least two units, and the encoder at least one layer."
+                f"net_arch[{key!r}] is {sizes!r}, but must be a list of integers: each layer needs at least two units, and "
+                "the encoder at least one layer."
             )
+        complete[key] = [int(size) for size in layers]
     return complete
 
 
@@ -94,6 +102,7 @@ class MRQPolicy(BasePolicy):
     default_net_arch: ClassVar[dict[str, list[int]]] = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
     default_weight_decay = 1e-4
 
+    @explain_foreign("MRQPolicy")
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -116,6 +125,9 @@ class MRQPolicy(BasePolicy):
         n_critics: int = 2,
         encoder_lr_schedule: Schedule | None = None,
     ):
+        given = dict(locals())
+        for name, requirement in POLICY_REQUIREMENTS.items():
+            check_argument(name, given[name], requirement)
         super().__init__(
             observation_space,
             action_space,
@@ -126,20 +138,6 @@ class MRQPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        for name, value, least in (
-            ("n_critics", n_critics, 1),
-            ("z_s_dim", z_s_dim, 2),
-            ("z_a_dim", z_a_dim, 1),
-            ("z_sa_dim", z_sa_dim, 1),
-            ("n_reward_bins", n_reward_bins, 2),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}.")
-        for name, number in (("reward_bins_limit", reward_bins_limit), ("gumbel_temperature", gumbel_temperature)):
-            if not number > 0:
-                raise ValueError(f"{name} is {number}, but must be positive.")
-        if reward_bins_limit > 80:
-            raise ValueError(f"reward_bins_limit is {reward_bins_limit}, but must be at most 80, as bins are float32.")
         self.net_arch = complete_net_arch(net_arch, self.default_net_arch)
         self.activation_fn = activation_fn
         self.actor_activation_fn = actor_activation_fn
@@ -226,6 +224,8 @@ class MRQPolicy(BasePolicy):
         kwargs = dict(self.optimizer_kwargs)
         if isinstance(optimizer_class, partial):
             optimizer_class, kwargs = optimizer_class.func, optimizer_class.keywords | kwargs
+        if "lr" in kwargs:
+            raise ValueError("optimizer_kwargs sets lr: pass MRQ learning_rate and encoder_learning_rate instead.")
         if issubclass(optimizer_class, th.optim.AdamW):
             kwargs.setdefault("weight_decay", self.default_weight_decay)
         if optimizer_class is th.optim.AdamW:
@@ -337,6 +337,57 @@ class MRQPolicy(BasePolicy):
         """
         actions, state = super().predict(observation, state, episode_start, deterministic)
         return np.asarray(actions, dtype=self.action_space.dtype), state
+
+    def q_values(self, observations: np.ndarray | dict[str, np.ndarray], actions: np.ndarray | None = None) -> np.ndarray:
+        """
+        The values of all heads, in units of the reward (of the normalised one behind a ``VecNormalize`` that normalises
+        rewards). The policy and the value target go by their mean and their minimum.
+
+        :param observations: one or a batch, as ``predict`` takes them
+        :param actions: an action for each observation, as the environment takes them; None for all actions of a Discrete
+            space, in ascending order
+        :return: (B, n_critics), or (B, n_actions, n_critics) without ``actions``; without the first axis for one observation
+        :raises ValueError: if the actions do not fit the observations or the space, or are missing for another space
+        """
+        if isinstance(observations, tuple):  # type: ignore[unreachable]
+            raise ValueError("observations is a tuple, perhaps what reset returned: pass its first part, the observations.")
+        self.set_training_mode(False)
+        with th.no_grad():
+            obs, is_batch = self.obs_to_tensor(observations)
+            z_s = self.encoder.state(self.preprocess(obs))
+            if actions is not None:
+                vectors = self.action_vectors(actions if is_batch else np.asarray(actions)[None])
+                if len(vectors) != len(z_s):
+                    raise ValueError(f"There are {len(vectors)} actions for {len(z_s)} observations: pass one for each.")
+                q = self._q(z_s, vectors)
+            elif isinstance(self.action_space, spaces.Discrete):
+                n = int(self.action_space.n)
+                vectors = th.eye(n, device=z_s.device).repeat(len(z_s), 1)
+                q = self._q(z_s.repeat_interleave(n, dim=0), vectors).unflatten(0, (len(z_s), n))
+            else:
+                raise ValueError(f"The actions of {self.action_space} cannot be listed: pass actions.")
+        return (q if is_batch else q[0]).cpu().numpy()
+
+    def _q(self, z_s: th.Tensor, vectors: th.Tensor) -> th.Tensor:
+        return self.critic.value(self.critic(self.encoder.state_action(z_s, vectors))) * self.critic.reward_scale
+
+    def action_vectors(self, actions: np.ndarray) -> th.Tensor:
+        """
+        :param actions: as the environment takes them, (B, ...)
+        :return: action vectors a, as the state-action encoder takes them, (B, A)
+        :raises ValueError: for another shape, or discrete actions that are not in the space
+        """
+        actions, space = np.asarray(actions), self.action_space
+        if space.shape == () and actions.ndim == 2 and actions.shape[1] == 1:
+            # As replay buffers store them
+            actions = actions[:, 0]
+        if actions.ndim == 0 or actions.shape[1:] != space.shape:
+            raise ValueError(f"An action has the shape {actions.shape[1:]}, but must have {space.shape}, as in {space}.")
+        if isinstance(space, spaces.Box):
+            actions = self.scale_action(actions)
+        elif not all(map(space.contains, actions)):
+            raise ValueError(f"The actions {actions.tolist()} are not all in the action space {space}.")
+        return self.actions.encode(th.as_tensor(actions.reshape(len(actions), -1), device=self.device))
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """

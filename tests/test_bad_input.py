@@ -22,10 +22,12 @@ from envs import (
     tiny_model,
 )
 from gymnasium import spaces
-from stable_baselines3 import HerReplayBuffer
+from gymnasium.wrappers import FlattenObservation, ResizeObservation, TransformObservation
+from stable_baselines3 import PPO, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -65,8 +67,34 @@ def test_action_space(action_space, value, remedy):
 
 @pytest.mark.parametrize("space", [spaces.Tuple([VECTOR, VECTOR]), spaces.Dict(a=spaces.Dict(b=VECTOR))])
 def test_observation_space(space):
-    with pytest.raises((ValueError, NotImplementedError), match=r"(Tuple|Dict).* not supported|not supported.*(Tuple|Dict)"):
+    with pytest.raises(ValueError, match=r"(Tuple|Dict).* not supported|not supported.*(Tuple|Dict)"):
         tiny_model(SpaceEnv(space), "MultiInputPolicy")
+
+
+def test_observation_space_without_entries():
+    with pytest.raises(ValueError, match=r"observation space Dict\(\) has no entries"):
+        tiny_model(SpaceEnv(spaces.Dict({})), "MultiInputPolicy")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "spaces_of_env"),
+    [
+        (TD3, "MultiInputPolicy", {"observation_space": spaces.Dict(a=spaces.Dict(b=VECTOR))}),
+        (TD3, "MlpPolicy", {"observation_space": spaces.Tuple([VECTOR, VECTOR])}),
+        (TD3, "MlpPolicy", {"observation_space": spaces.MultiDiscrete([[2, 3], [3, 2]])}),
+        (TD3, "CnnPolicy", {"observation_space": VECTOR}),
+        (TD3, "MlpPolicy", {"action_space": box([-1, -1], [1, np.inf])}),
+        (TD3, "MlpPolicy", {"action_space": spaces.Tuple([BOX, BOX])}),
+        (PPO, "MlpPolicy", {"action_space": spaces.MultiBinary((2, 2))}),
+    ],
+)
+def test_spaces_raise_what_stable_baselines3_raises(algorithm, policy, spaces_of_env):
+    """And a ValueError in any case, as everything that is refused."""
+    with pytest.raises((ValueError, NotImplementedError, AssertionError)) as info:
+        algorithm(policy, SpaceEnv(**spaces_of_env))
+    with pytest.raises(info.type) as ours:
+        tiny_model(SpaceEnv(**spaces_of_env), policy)
+    assert isinstance(ours.value, ValueError)
 
 
 @pytest.mark.parametrize("shape", [(3, 30, 31), (3, 31, 30), (8, 8, 3)])
@@ -77,6 +105,35 @@ def test_images_too_small(shape):
         with pytest.raises(ValueError, match=size) as info:
             tiny_model(SpaceEnv(space), policy)
         assert "31x31" in str(info.value) and "features_extractor_class" in str(info.value)
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy"])
+def test_ways_to_learn_from_small_images(policy):
+    """Both policies name them, and they work."""
+    small = spaces.Box(0, 255, (7, 7, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"31x31.*features_extractor_class=FlattenExtractor.*FlattenObservation"):
+        tiny_model(SpaceEnv(small), policy)
+    learn_and_check(tiny_model(SpaceEnv(small), policy, {"features_extractor_class": FlattenExtractor}), 30)
+    if policy == "CnnPolicy":
+        learn_and_check(tiny_model(ResizeObservation(SpaceEnv(small), (32, 32)), policy), 30)
+
+
+def test_way_to_learn_from_small_images_in_a_dict():
+    env = SpaceEnv(spaces.Dict(image=spaces.Box(0, 255, (7, 7, 3), dtype=np.uint8), direction=spaces.Discrete(4)))
+    with pytest.raises(ValueError, match=r"in a Dict, gymnasium.wrappers.FlattenObservation with MlpPolicy"):
+        tiny_model(env, "MultiInputPolicy")
+    learn_and_check(tiny_model(FlattenObservation(env)), 30)
+
+
+def test_float_images_whose_channels_come_last():
+    last = spaces.Box(0, 1, (36, 36, 3), dtype=np.float32)
+    kwargs = {"normalize_images": False}
+    for space, policy in ((last, "CnnPolicy"), (spaces.Dict(image=last), "MultiInputPolicy")):
+        with pytest.raises(ValueError, match=r"channels of the images in .* come last, but must come first.*Transform"):
+            tiny_model(SpaceEnv(space), policy, kwargs)
+    first = spaces.Box(0, 1, (3, 36, 36), dtype=np.float32)
+    env = TransformObservation(SpaceEnv(last), lambda image: np.moveaxis(image, -1, 0), first)
+    learn_and_check(tiny_model(env, "CnnPolicy", kwargs), 30)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +216,11 @@ def test_hyperparameters(name, value):
 )
 def test_hyperparameters_at_their_limits(name, value):
     learn_and_check(tiny_model(SpaceEnv(), **{name: value}), 20)
+
+
+def test_replay_buffer_class_by_name():
+    with pytest.raises(ValueError, match=r"'HerReplayBuffer' .*SubtrajectoryReplayBuffer"):
+        tiny_model(SpaceEnv(), replay_buffer_class="HerReplayBuffer")
 
 
 @pytest.mark.parametrize("replay_buffer_class", [ReplayBuffer, HerReplayBuffer])

@@ -18,6 +18,7 @@ import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from envs import IMAGE, SpaceEnv, policy_for, tiny_model
@@ -671,3 +672,23 @@ def test_ctrl_c_with_worker_processes(tmp_path):
     model = MRQ.resume(tmp_path, make_vec_env(SpaceEnv, 2), device="cpu")
     assert model.replay_buffer.size() == min(model.num_timesteps, 500)
     assert int(last[4]) - 2 <= model.num_timesteps <= int(last[4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_last": 1.0}, r"keep_last is 1\.0, but must be an integer of at least 1, or None\. Write 1\."),
+        ({"keep_last": 0}, "keep_last is 0, but must be at least 1, or None"),
+        ({"keep_last": True}, "keep_last is True, but must be an integer"),
+        ({"save_freq": "1e3"}, "save_freq is '1e3', but must be a number of at least 1. YAML reads 1e3 as text: write 1000"),
+        ({"save_freq": 0}, "save_freq is 0, but must be at least 1"),
+    ],
+)
+def test_arguments_that_cannot_work(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ResumableCheckpointCallback(**{"save_freq": 10, "save_path": tmp_path, **arguments})
+
+
+def test_arguments_of_numpy_and_floats(tmp_path):
+    learn(tiny_model(SpaceEnv()), tmp_path, 40, 1e1, keep_last=np.int64(2))
+    assert len(list_checkpoints(tmp_path)) == 2

@@ -717,3 +717,25 @@ class TestCommand:
     def test_errors(self, arguments, message, monkeypatch):
         with pytest.raises(SystemExit, match=message):
             self.run(monkeypatch, *arguments)
+
+
+def test_models_of_other_algorithms():
+    with pytest.raises(ValueError, match="diagnose is for models of MRQ, not of TD3"):
+        diagnose(TD3("MlpPolicy", WalkEnv(), buffer_size=10, policy_kwargs={"net_arch": [8]}), WalkEnv())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_episodes", 1.5), ("n_episodes", 0), ("n_episodes", "3"), ("max_steps", 0), ("exploration_noise", -1)],
+)
+def test_arguments_that_cannot_work(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, but must be"):
+        diagnose(walk_model(), WalkEnv(), **{name: value})
+    if name != "exploration_noise":
+        with pytest.raises(ValueError, match=f"^{name} is {value!r}, but must be"):
+            DiagnosticsCallback(WalkEnv(), freq=10, **{name: value})
+
+
+def test_seed_of_numpy():
+    diagnosis = diagnose(walk_model(), WalkEnv(), n_episodes=np.int64(2), seed=np.int64(3))
+    assert len(diagnosis.episode_returns) == 2

@@ -4,6 +4,7 @@ arguments are right.
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -18,6 +19,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import fork_server
 import gymnasium as gym
+import numpy as np
 import pytest
 from stable_baselines3 import DQN, SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -334,3 +336,77 @@ def test_tree_of_modules():
         for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             imported = imports_of(file) - {name, "MRQ"}
             assert all(order[other] > line for other in imported), f"{file.name} imports {imported}"
+
+
+def attribute_of(model, path: str):
+    """An attribute of an attribute, or None if there is none."""
+    return functools.reduce(lambda owner, name: getattr(owner, name, None), path.split("."), model)
+
+
+@pytest.fixture(scope="module", params=["Pendulum-v1", "CartPole-v1"])
+def migrated(request):
+    """What the recipes of the migration page are about: a model, and what the code above them defines."""
+    tiny = {"net_arch": {"encoder": [8], "qf": [8], "pi": [8]}}
+    model = MRQ("MlpPolicy", request.param, learning_starts=20, batch_size=8, policy_kwargs=tiny, seed=0)
+    model.learn(40)
+    model.reward_scale = 2.5
+    section = (DOCS / "migrating.md").read_text("utf-8").partition("\n## Attributes\n")[2]
+    names = {"model": model}
+    exec(re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL).group(1), names)
+    return names
+
+
+RECIPES = [[cell.strip("`") for cell in row] for row in rows("migrating.md", "Attributes")]
+
+
+@pytest.mark.parametrize(("path", "owners", "recipe"), [row[:3] for row in RECIPES], ids=[row[0] for row in RECIPES])
+def test_migrating_attributes(path, owners, recipe, migrated):
+    """Each attribute is one of theirs, is not one of ours with that meaning, and its recipe gives something of that kind."""
+    path, _, arguments = path.partition("(")
+    algorithms = {"TD3": TD3, "SAC": SAC, "DQN": DQN}
+    for name in owners.split(", "):
+        env = "CartPole-v1" if name == "DQN" else "Pendulum-v1"
+        model = algorithms[name]("MlpPolicy", env, policy_kwargs={"net_arch": [8]}, buffer_size=10)
+        if path != "ent_coef":  # an argument, which is an attribute only if it is a number
+            assert attribute_of(model, path) is not None, name
+    model = migrated["model"]
+    if recipe == "none":
+        assert attribute_of(model, path) is None
+        return
+    is_box = isinstance(model.action_space, gym.spaces.Box)
+    if path == "q_net" and is_box:
+        with pytest.raises(ValueError, match="cannot be listed"):
+            eval(recipe, migrated)
+        return
+    value = eval(recipe, migrated)
+    n, starts = 4, len(migrated["starts"])
+    shape = {
+        "critic": (n, 2),
+        "critic.q1_forward": (n,),
+        "q_net": (n, 2, 2),
+        "critic_target": (n, 2),
+        "q_net_target": (n, 2),
+        "actor": (n, 1 if is_box else 2),
+        "actor_target": (n, 1 if is_box else 2),
+        "replay_buffer.observations": (starts, *model.observation_space.shape),
+        "replay_buffer.next_observations": (starts, *model.observation_space.shape),
+        "replay_buffer.actions": (starts, 1),
+        "replay_buffer.rewards": (starts,),
+        "replay_buffer.dones": (starts,),
+    }.get(path)
+    assert bool(arguments) <= bool(shape)
+    if shape is not None:
+        assert value.shape == shape
+
+
+def test_recipes_are_of_the_same_values(migrated):
+    """What the page says to be the same is."""
+    model, q = migrated["model"], eval("model.q_values(obs, actions)", migrated)
+    with_gradient = eval("model.critic(z_sa) * model.reward_scale", migrated)
+    assert with_gradient.requires_grad
+    np.testing.assert_allclose(with_gradient.detach().numpy(), q, rtol=1e-4)
+    vectors = eval("model.policy.act(obs_tensor, sample=False)", migrated)
+    actions = model.policy.actions.decode(vectors).detach().numpy()
+    if isinstance(model.action_space, gym.spaces.Box):
+        actions = model.policy.unscale_action(actions)
+    np.testing.assert_allclose(actions.reshape(migrated["actions"].shape), migrated["actions"], rtol=1e-4)

@@ -497,3 +497,26 @@ def test_nothing_there(tmp_path):
         MRQ.resume(tmp_path, SpaceEnv())
     with pytest.raises(FileNotFoundError):
         MRQ.resume(tmp_path / "nowhere", SpaceEnv())
+
+
+def test_resuming_without_an_environment(tmp_path):
+    """It is said what is missing, before a checkpoint is read."""
+    tiny_model(SpaceEnv()).learn(20, callback=ResumableCheckpointCallback(10, tmp_path))
+    with pytest.raises(ValueError, match=r"env is None: pass an environment or a registered id.*model\.zip"):
+        MRQ.resume(tmp_path, None)
+
+
+def test_resuming_from_a_model_file(tmp_path):
+    """As ``-i`` of the zoo's scripts: the checkpoint that the file belongs to."""
+    tiny_model(SpaceEnv()).learn(40, callback=ResumableCheckpointCallback(20, tmp_path, keep_last=None))
+    oldest = list_checkpoints(tmp_path)[-1].path
+    for path in (oldest / "model.zip", str(oldest / "model.zip")):
+        model = MRQ.resume(path, SpaceEnv(), device="cpu")
+        assert model.num_timesteps == 20 and model.replay_buffer.size() == 20
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nowhere/model.zip", "file.txt"])
+def test_resuming_from_nothing(tmp_path, path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(FileNotFoundError, match="There is no complete checkpoint"):
+        MRQ.resume(tmp_path / path, SpaceEnv())

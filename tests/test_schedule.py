@@ -315,6 +315,17 @@ def test_divergence_is_told(alpha):
         model.train(2 * model.METRICS_INTERVAL, batch_size=8)
 
 
+@pytest.mark.parametrize(("alpha", "least"), [(1e3, 1.0), (1e3, 0.5)])
+def test_powers_that_are_no_priorities(alpha, least):
+    """The power of a TD error is infinite or zero, not the TD error: nothing has diverged."""
+    model = make_model(ToyEnv(reward=alternating_rewards), priority_alpha=alpha, min_td_error=least)
+    with pytest.raises(ValueError, match=r"priority_alpha is 1000\.0 and min_td_error .*between 0 and 1") as info:
+        with th.no_grad():
+            model.critic.layers[-1].bias.fill_(1e3 if least == 1 else 0.0)
+        model.learn(200)
+    assert not isinstance(info.value, DivergedError) and "learning rate" not in str(info.value)
+
+
 @pytest.mark.parametrize("network", ["actor", "encoder"])
 @pytest.mark.parametrize("action_space", [ACTION_SPACE, spaces.Discrete(3)], ids=["Box", "Discrete"])
 def test_environments_get_no_action_that_is_not_a_number(network, action_space):

@@ -5,7 +5,9 @@ MRQ as an algorithm of rl-zoo3: registration, configuration, schedules, search, 
 import argparse
 import importlib
 import inspect
+import re
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -20,9 +22,9 @@ from stable_baselines3 import TD3
 
 import sb3_mrq.zoo
 from sb3_mrq import MRQ
-from sb3_mrq.zoo.cli import _evaluation_arguments, _folder_names, _known_options, _our_command
 from sb3_mrq.zoo.configuration import GIVEN_BY_ZOO, ConfigurationError, default_configuration
 from sb3_mrq.zoo.exp_manager import MRQExperimentManager
+from sb3_mrq.zoo.scripts import _evaluation_arguments, _folder_names, _known_options, _our_command
 
 SMALL = dict(policy_kwargs=dict(net_arch=dict(encoder=[8], qf=[8], pi=[8]), z_s_dim=8, z_sa_dim=8, z_a_dim=4), batch_size=8)
 
@@ -111,6 +113,11 @@ class TestConfiguration:
             ("default:\n  policy: MlpPolicy\n n_timesteps: 10\n", "line 3: "),
             ("default: MlpPolicy\n", "line 1: section default holds no"),
             ("a: &a\n  policy: p\n\ndefault:\n- MlpPolicy\n", "line 4: section default holds no"),
+            ("a: &a\n  gama: 1\ndefault:\n  <<: *a\n  n_timesteps: 1\n", "line 2: .* gama. Did you mean gamma"),
+            ("a: &a\n  gama: 1\nb: &b\n  n_steps: 1\ndefault:\n  <<: [*b, *a]\n", "line 2: .* gama"),
+            ("default:\n  gama: 1\nPendulum-v1:\n  policy: p\n", "line 2: .* gama"),
+            ("default:\n  policy: p\nPendulum-v1:\n  gama: 1\n", "line 4: .* gama"),
+            ("CartPole-v1:\n  policy: MlpPolicy\n  n_timesteps: 10\n", "has no section Pendulum-v1 or default"),
             ("- default\n", "line 1: there are no sections"),
             ("", "line 1: there are no sections"),
             ("default: *base\n", "line 1: found undefined alias"),
@@ -127,9 +134,34 @@ class TestConfiguration:
         hyperparams, _ = manager(tmp_path, config=path).read_hyperparameters()
         assert hyperparams == {"policy": "MlpPolicy", "n_timesteps": 10}
 
+    def test_sections_of_other_tasks_are_not_checked(self, tmp_path):
+        """rl-zoo3's own file of SAC, with a section for MRQ."""
+        text = (Path(rl_zoo3.__file__).parent / "hyperparams" / "sac.yml").read_text()
+        sections = yaml.safe_load(text)
+        assert any("ent_coef" in body for body in sections.values())
+        text = re.sub(r"^Pendulum-v1:\n(?: .*\n)*", "Pendulum-v1:\n  policy: MlpPolicy\n  n_timesteps: 10\n", text, flags=re.M)
+        path = write(tmp_path, text)
+        hyperparams, _ = manager(tmp_path, config=path).read_hyperparameters()
+        assert hyperparams == {"policy": "MlpPolicy", "n_timesteps": 10}
+        with pytest.raises(ConfigurationError, match="no hyperparameter ent_coef"):
+            manager(tmp_path, "BipedalWalker-v3", config=path).read_hyperparameters()
+
+    def test_section_of_an_atari_game(self, tmp_path):
+        section = "  policy: CnnPolicy\n  n_timesteps: 10\n"
+        path = write(tmp_path, f"ALE/Pong-v5:\n{section}atari:\n{section}  gama: 1\n")
+        assert manager(tmp_path, "ALE/Pong-v5", config=path).read_hyperparameters()[0]["n_timesteps"] == 10
+        with pytest.raises(ConfigurationError, match=r"line 7: .* gama"):
+            manager(tmp_path, "ALE/Breakout-v5", config=path).read_hyperparameters()
+        # rl-zoo3 takes no default for these
+        path = write(tmp_path, f"default:\n{section}")
+        with pytest.raises(ConfigurationError, match="has no section ALE/Pong-v5 or atari"):
+            manager(tmp_path, "ALE/Pong-v5", config=path).read_hyperparameters()
+
     def test_unknown_on_the_command_line(self, tmp_path):
         with pytest.raises(ConfigurationError, match="command line: MRQ has no hyperparameter horizon"):
             manager(tmp_path, hyperparams={"horizon": 3}).read_hyperparameters()
+        with pytest.raises(ConfigurationError, match=r"no hyperparameter tau\. target_update_interval takes its place"):
+            manager(tmp_path, hyperparams={"tau": 0.005}).read_hyperparameters()
         with pytest.raises(ConfigurationError, match="device is not set here"):
             manager(tmp_path, hyperparams={"device": "cpu"}).read_hyperparameters()
 

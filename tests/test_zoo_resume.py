@@ -13,8 +13,8 @@ from test_zoo import SMALL
 
 import sb3_mrq.zoo
 from sb3_mrq.persist.checkpoints import list_checkpoints
-from sb3_mrq.zoo.cli import _newest_checkpoint, run
 from sb3_mrq.zoo.configuration import ConfigurationError
+from sb3_mrq.zoo.scripts import _newest_checkpoint, run
 
 CALLBACK = "sb3_mrq.callbacks.ResumableCheckpointCallback"
 
@@ -108,7 +108,9 @@ def test_normalised_run_is_not_resumed_without(trained, config, tmp_path):
         train(other, tmp_path, "-i", str(trained))
 
 
-def test_what_can_be_continued_with(trained, tmp_path):
+def test_what_can_be_continued_with(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.zip").touch()
     newest = str(list_checkpoints(trained / "checkpoints")[0].path / "model.zip")
     for folder in (trained, trained / "checkpoints", list_checkpoints(trained / "checkpoints")[0].path):
         for option in ("-i", "--trained-agent"):

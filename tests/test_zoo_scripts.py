@@ -230,7 +230,7 @@ def test_watching_atari_takes_little_memory(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "there is no script trian. Did you mean train?"),
+        (["trian"], "There is no script trian. Did you mean train?"),
         (["train", "--algo", "mrq", "--env", "dmc/cartpole-swinup-v0"], "Did you mean dmc/cartpole-swingup-v0?"),
         (["enjoy", "--algo", "mrq", "--env", "ALE/Pongo-v5"], "There is no task ALE/Pongo-v5. Did you mean ALE/Pong-v5?"),
         (["train", "--algo", "mrq", "-params", "gama:0.9"], "MRQ has no hyperparameter gama. Did you mean gamma?"),
@@ -240,7 +240,7 @@ def test_watching_atari_takes_little_memory(tmp_path):
 )
 def test_mistakes(tmp_path, arguments, message):
     result = call(tmp_path, *arguments)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

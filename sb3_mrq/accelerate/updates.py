@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch as th
@@ -256,6 +256,7 @@ class Updates:
         Do one value and one policy update with a new batch, and update its priorities.
 
         :raises DivergedError: if TD errors are not finite and the replay buffer is on the host
+        :raises ValueError: if priorities are zero or infinite because of ``priority_alpha``, with the buffer on the host
         """
         self._run(self._value)
 
@@ -280,11 +281,23 @@ class Updates:
         samples = self.sample_n_step()
         with self._matmul_precision():
             priorities, metrics = self.learner.update_value_and_policy(samples)
-        if self._copy is None and not th.isfinite(priorities).all():
-            raise DivergedError("TD errors are not finite")
+        if self._copy is None and not ((priorities > 0) & (priorities < th.inf)).all():
+            self._explain_priorities(priorities)
         assert samples.indices is not None
         (self._copy or self.replay_buffer).update_priorities(samples.indices, priorities)
         self.value_policy_metrics.add(metrics)
+
+    def _explain_priorities(self, priorities: th.Tensor) -> NoReturn:
+        """Raise an error for priorities that are not positive and finite."""
+        if priorities.isnan().any():
+            raise DivergedError("TD errors are not finite")
+        # TD errors are clamped to finite numbers: the power alone makes infinity or zero of them
+        of = self.learner.hyperparameters
+        raise ValueError(
+            f"Priorities from {priorities.min().item():g} to {priorities.max().item():g} leave the range of float32, as "
+            f"priority_alpha is {of.priority_alpha} and min_td_error {of.min_td_error}. Set priority_alpha to a value between "
+            "0 and 1, 0.4 by default."
+        )
 
     def sample_n_step(self) -> Any:
         """

@@ -8,9 +8,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_mrq.arguments import check_argument
 from sb3_mrq.diagnostics import measures
 from sb3_mrq.diagnostics.diagnosis import Diagnosis, diagnose
 from sb3_mrq.diagnostics.episodes import wrap_env
+from sb3_mrq.hyperparameters import COUNT, STEPS
 from sb3_mrq.mrq import MRQ
 
 # Numbers printed to stdout; the other outputs get all of them
@@ -57,9 +59,12 @@ class DiagnosticsCallback(BaseCallback):
         verbose: int = 0,
     ):
         super().__init__(verbose)
-        for name, value in (("freq", freq), ("n_episodes", n_episodes), ("max_steps", max_steps)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        for name, value, requirement in (
+            ("freq", freq, STEPS),
+            ("n_episodes", n_episodes, COUNT),
+            ("max_steps", max_steps, STEPS),
+        ):
+            check_argument(name, value, requirement)
         self.eval_env = eval_env
         self.freq = freq
         self.n_episodes = n_episodes

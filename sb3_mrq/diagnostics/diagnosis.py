@@ -15,6 +15,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_mrq.arguments import Number, check_argument
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.diagnostics import measures
 from sb3_mrq.diagnostics.episodes import Episode, no_side_effects, play, wrap_env
@@ -26,6 +27,7 @@ from sb3_mrq.diagnostics.results import (
     ModelAccuracy,
     ReturnComparison,
 )
+from sb3_mrq.hyperparameters import COUNT, NOT_NEGATIVE, STEPS
 from sb3_mrq.learner import effective_rank
 from sb3_mrq.mrq import MRQ
 
@@ -348,11 +350,12 @@ def diagnose(
         values of the model are not finite
     :raises ImportError: if scikit-learn is not installed
     """
-    if n_episodes < 1 or max_steps < 1 or not exploration_noise >= 0:
-        raise ValueError(
-            f"n_episodes ({n_episodes}) and max_steps ({max_steps}) must be at least 1, and exploration_noise "
-            f"({exploration_noise}) must not be negative."
-        )
+    if not isinstance(model, MRQ):
+        raise ValueError(f"diagnose is for models of MRQ, not of {type(model).__name__}.")
+    n_episodes = check_argument("n_episodes", n_episodes, COUNT)
+    seed = check_argument("seed", seed, Number(integer=True, least=0, optional=True))
+    exploration_noise = check_argument("exploration_noise", exploration_noise, NOT_NEGATIVE)
+    max_steps = check_argument("max_steps", max_steps, STEPS)
     measures.check_sklearn()
     vec_env = wrap_env(model, env)
     with no_side_effects(model):

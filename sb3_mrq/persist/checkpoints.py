@@ -302,9 +302,18 @@ def resume(
     """
     See :meth:`sb3_mrq.off_policy_algorithm.ResumableOffPolicyAlgorithm.resume`.
     """
+    if env is None:
+        raise ValueError(
+            "A run is resumed in an environment, but env is None: pass an environment or a registered id. To use the model "
+            "without one, load the model.zip of a checkpoint."
+        )
     folder = Path(folder)
+    if folder.name == MODEL:
+        folder = folder.parent
     env = maybe_make_env(env, verbose=0)
-    paths = [folder] if (folder / INFO).exists() else [c.path for c in list_checkpoints(folder, name_prefix)]
+    paths = [folder] if (folder / INFO).exists() else []
+    if not paths and folder.is_dir():
+        paths = [c.path for c in list_checkpoints(folder, name_prefix)]
     if not paths:
         raise FileNotFoundError(errno.ENOENT, f"There is no complete checkpoint {name_prefix}_..._steps", str(folder))
     damaged: list[str] = []

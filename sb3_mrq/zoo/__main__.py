@@ -1,4 +1,4 @@
-from sb3_mrq.zoo.cli import main
+from sb3_mrq.command_line import main
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ import yaml
 
 import sb3_mrq
 from sb3_mrq import DRQ, MRQ
+from sb3_mrq.arguments import FOREIGN_ARGUMENTS
 
 # Keys that rl-zoo3 removes before passing a section to the constructor
 ZOO_KEYS = frozenset(
@@ -34,6 +35,7 @@ ZOO_KEYS = frozenset(
 GIVEN_BY_ZOO = frozenset({"self", "env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model"})
 # By the names that rl-zoo3 gives them
 ALGORITHMS: dict[str, type[MRQ]] = {"mrq": MRQ, "drq": DRQ}
+FOREIGN = FOREIGN_ARGUMENTS["MRQ"]
 # The same for both
 HYPERPARAMETERS = frozenset(inspect.signature(MRQ.__init__).parameters) - GIVEN_BY_ZOO
 
@@ -64,12 +66,13 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
-def check_configuration_file(path: Path) -> None:
+def check_configuration_file(path: Path, candidates: tuple[str, ...]) -> None:
     """
-    Validate a configuration file independently of the task: it must map names to sections, and all names in the sections must
-    be known.
+    Validate a configuration file: it must map names to sections, and all names in the section that is used and in ``default``
+    must be known. Other sections may be for other algorithms.
 
     :param path: YAML file
+    :param candidates: names of sections, of which the first that is there is used
     :raises ConfigurationError: if the file is invalid, with file and line
     """
     try:
@@ -89,14 +92,28 @@ def check_configuration_file(path: Path) -> None:
         raise ConfigurationError(
             f"{path}, line 1: there are no sections. A section is a line such as 'CartPole-v1:' with indented lines below it."
         )
-    for section, body in root.value:
+    names = [key.value for key, _ in root.value]
+    used = next((name for name in candidates if name in names), None)
+    if used is None:
+        raise ConfigurationError(f"{path} has no section {' or '.join(candidates)}.")
+    for key, body in root.value:
+        if key.value not in (used, "default"):
+            continue
         if not isinstance(body, yaml.MappingNode):
-            line = section.start_mark.line + 1
-            raise ConfigurationError(f"{path}, line {line}: section {section.value} holds no 'name: value' lines.")
-        for key, _ in body.value:
-            # Sections merged by << are checked individually
-            if key.tag != "tag:yaml.org,2002:merge":
-                check_hyperparameter_names([str(key.value)], f"{path}, line {key.start_mark.line + 1}")
+            line = key.start_mark.line + 1
+            raise ConfigurationError(f"{path}, line {line}: section {key.value} holds no 'name: value' lines.")
+        _check_names(path, body)
+
+
+def _check_names(path: Path, body: yaml.MappingNode) -> None:
+    """Check the names in a section and in those that it merges by ``<<``."""
+    for key, value in body.value:
+        if key.tag != "tag:yaml.org,2002:merge":
+            check_hyperparameter_names([str(key.value)], f"{path}, line {key.start_mark.line + 1}")
+            continue
+        for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(merged, yaml.MappingNode):
+                _check_names(path, merged)
 
 
 def check_hyperparameter_names(names: Iterable[str], where: str) -> None:
@@ -110,16 +127,26 @@ def check_hyperparameter_names(names: Iterable[str], where: str) -> None:
         if name in GIVEN_BY_ZOO:
             raise ConfigurationError(f"{where}: {name} is not set here, but on the command line.")
         if name not in known:
-            raise ConfigurationError(f"{where}: MRQ has no hyperparameter {name}.{closest(name, known)}")
+            hint = f" {FOREIGN[name]}" if name in FOREIGN else closest(name, known)
+            raise ConfigurationError(f"{where}: MRQ has no hyperparameter {name}.{hint}")
 
 
 def check_section(hyperparams: dict[str, Any], where: str) -> None:
     """
     :param hyperparams: hyperparameters of a run
     :param where: their origin, for the message
-    :raises ConfigurationError: for an unknown name, or if a required one is missing
+    :raises ConfigurationError: for an unknown name, if a required one is missing, or for a value that rl-zoo3 cannot use
     """
     check_hyperparameter_names(hyperparams, where)
     for name in ("policy", "n_timesteps"):
         if name not in hyperparams:
             raise ConfigurationError(f"{where}: {name} is missing.")
+    n_timesteps, n_envs = hyperparams["n_timesteps"], hyperparams.get("n_envs", 1)
+    try:
+        int(n_timesteps)
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"n_timesteps is {n_timesteps!r}, but must be a number. YAML reads 1e6 as text: write 1000000 or 1.0e+6."
+        ) from None
+    if not isinstance(n_envs, int) or n_envs < 1:
+        raise ConfigurationError(f"n_envs is {n_envs!r}, but must be an integer of at least 1.")

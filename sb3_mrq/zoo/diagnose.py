@@ -4,6 +4,7 @@ The script ``diagnose``: a report on a model in a log folder of rl-zoo3's ``trai
 
 import argparse
 import importlib
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def _normalize(env: VecEnv, path: Path) -> VecEnv:
     """Normalise observations and rewards with the statistics in a file."""
     if not path.is_file():
         raise ConfigurationError(f"There is no file {path} with statistics of VecNormalize.")
-    normalized = VecNormalize.load(str(path), env)
+    try:
+        normalized = VecNormalize.load(str(path), env)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ConfigurationError(f"{path} holds no statistics of VecNormalize: {error}.") from error
     normalized.training = False
     return normalized
 
@@ -139,16 +143,24 @@ def diagnose_script() -> None:
     importlib.import_module("matplotlib")
     for package in args.gym_packages:
         importlib.import_module(package)
+    if args.n_envs < 1:
+        raise ConfigurationError(f"n-envs is {args.n_envs}, but must be at least 1.")
     if args.num_threads > 0:
         th.set_num_threads(args.num_threads)
     path, env = _from_folder(args) if args.model is None else _from_file(args)
     print(f"Loading {path}")
     model = ALGORITHMS[args.algo].load(path, device=args.device)
+    output = args.output or path.parent / "diagnosis"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The folder {output} cannot be made: {error.strerror}. Choose another one with -o."
+        ) from error
     diagnosis = diagnose(
         model, env, args.n_episodes, args.seed, exploration_noise=args.exploration_noise, max_steps=args.max_steps
     )
     env.close()
-    output = args.output or path.parent / "diagnosis"
     page = diagnosis.report(output)
     returns = diagnosis.episode_returns
     print(f"{len(returns)} Episodes\nMean reward: {returns.mean():.2f} +/- {returns.std():.2f}")

@@ -101,7 +101,9 @@ class MRQExperimentManager(ExperimentManager):
         if self.algo not in ALGORITHMS:
             return super().read_hyperparameters()
         if self.config.endswith((".yml", ".yaml")):
-            check_configuration_file(Path(self.config))
+            # As rl-zoo3 chooses a section
+            candidates = (self.env_name.gym_id, "atari" if self._is_atari else "default")
+            check_configuration_file(Path(self.config), candidates)
         if self.custom_hyperparams is not None:
             # Names in the file are checked above, with their lines
             check_hyperparameter_names(self.custom_hyperparams, "command line")
@@ -125,6 +127,17 @@ class MRQExperimentManager(ExperimentManager):
                 raise ConfigurationError(f"{name} is {value}, but must be a number or a schedule such as lin_1e-4.")
             hyperparams[name] = SimpleLinearSchedule(rate) if kind else rate
         return hyperparams
+
+    def create_log_folder(self) -> None:
+        try:
+            super().create_log_folder()
+            if self.tensorboard_log is not None:
+                Path(self.tensorboard_log).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"The folder {error.filename} cannot be made: {error.strerror}. Choose other log folders with -f and "
+                "--tensorboard-log."
+            ) from error
 
     def create_callbacks(self) -> None:
         for callback in list(self.callbacks):

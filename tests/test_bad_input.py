@@ -48,7 +48,7 @@ def box(low, high):
     [
         (box([-1, -np.inf], [1, np.inf]), "from -inf to inf", "give bounds"),
         (box([-1, -1], [1, np.inf]), "from -1.0 to inf", "give bounds"),
-        (box([-1, 2], [1, 2]), "from 2.0 to 2.0", "leave this dimension out"),
+        (box([-1, 2], [1, 2]), "from 2.0 to 2.0", "remove this dimension"),
         (spaces.Box(0, 5, (2,), dtype=np.int64), "int64", "MultiDiscrete"),
         (spaces.Tuple([BOX, BOX]), "Tuple", "convert it"),
         (spaces.Dict(a=BOX), "Dict", "convert it"),
@@ -398,7 +398,7 @@ def test_memory_that_is_not_there_is_told(monkeypatch):
 
 @pytest.mark.parametrize("name", ["horizon", "n_steps"])
 def test_replay_buffer_kwargs_that_the_model_must_know(name):
-    with pytest.raises(ValueError, match=f"replay_buffer_kwargs sets {name}.*pass it"):
+    with pytest.raises(ValueError, match=f"replay_buffer_kwargs sets {name}.*pass "):
         tiny_model(SpaceEnv(), replay_buffer_kwargs={name: 4})
 
 

@@ -51,6 +51,7 @@ FOREIGN_ARGUMENTS = {
     "CNNExtractor": {"features_dim": _EMBEDDING},
     "MultiInputExtractor": {"cnn_output_dim": _EMBEDDING, "features_dim": _EMBEDDING},
 }
+FOREIGN_ARGUMENTS["DRQ"] = FOREIGN_ARGUMENTS["MRQ"]
 
 
 class UnsupportedSpaceError(ValueError, NotImplementedError, AssertionError):
@@ -233,7 +234,7 @@ def explain_foreign(owner: str) -> Callable[[Callable[P, None]], Callable[P, Non
         def checked(*args: P.args, **kwargs: P.kwargs) -> None:
             for name in kwargs:
                 if name in FOREIGN_ARGUMENTS[owner]:
-                    raise TypeError(f"{type(args[0]).__name__} has no argument {name}. {FOREIGN_ARGUMENTS[owner][name]}")
+                    raise TypeError(f"{owner} has no argument {name}. {FOREIGN_ARGUMENTS[owner][name]}")
             init(*args, **kwargs)
 
         return checked

@@ -91,7 +91,7 @@ class DRQ(MRQ):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
-    @explain_foreign("MRQ")
+    @explain_foreign("DRQ")
     def __init__(
         self,
         policy: str | type[policies.MRQPolicy],

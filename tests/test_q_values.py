@@ -126,7 +126,7 @@ def test_nothing_is_changed():
     model.policy.set_training_mode(True)
     state = th.get_rng_state()
     first = model.q_values(obs, np.zeros((2, 2)))
-    # Random activations are those of evaluation
+    # Activations that are random in training are not random here
     np.testing.assert_array_equal(first, model.q_values(obs, np.zeros((2, 2))))
     assert th.equal(th.get_rng_state(), state)
     np.testing.assert_equal(vars(env.obs_rms) | {"return": vars(env.ret_rms)}, statistics)

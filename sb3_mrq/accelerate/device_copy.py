@@ -99,7 +99,10 @@ class DeviceCopy:
         :return: whether this is a copy of the current arrays of this buffer
         """
         arrays = buffer.arrays()
-        return arrays.keys() == self._host.keys() and all(arrays[name] is array for name, array in self._host.items())
+        # By address: some are views that are made anew
+        return arrays.keys() == self._host.keys() and all(
+            arrays[name].ctypes.data == array.ctypes.data for name, array in self._host.items()
+        )
 
     def mark(self, slots: np.ndarray, activated: bool = False) -> None:
         """

@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTrans
 from torch import nn
 
 from sb3_mrq.diagnostics import DiagnosticsCallback, diagnose, measures
+from sb3_mrq.diagnostics.diagnosis import information
 from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
 from sb3_mrq.diagnostics.figures import ITEMS
 from sb3_mrq.diagnostics.report import page
@@ -209,6 +210,12 @@ class TestMeasures:
         np.testing.assert_allclose(measures.discounted_returns(rewards, 0.9, 5.0), expected)
 
 
+def cosines(one, other):
+    """Cosine of each row with each row, (N, N)."""
+    one, other = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (one, other))
+    return one @ other.T
+
+
 class TestKnownAnswers:
     def test_exactly_linear(self):
         diagnosis = diagnose(exact_model(), WalkEnv(), n_episodes=12)
@@ -270,6 +277,17 @@ class TestKnownAnswers:
             assert found.termination_r2[i] == pytest.approx(measures.explained_variance(true_done, done), rel=1e-4)
             assert found.termination_rmse[i] == pytest.approx(np.sqrt(np.mean((done - true_done) ** 2)), rel=1e-4)
             assert found.embedding_r2[i] == pytest.approx(measures.explained_variance(true_z, z), rel=1e-4)
+            if len(rows) <= 256:
+                similarities = cosines(z, true_z) / 0.1
+                infonce = np.mean([np.log(np.exp(row - row[k]).sum()) for k, row in enumerate(similarities)])
+                assert found.information[i] == pytest.approx(np.log(len(rows)) - infonce, rel=1e-3)
+
+    def test_information(self):
+        """All of it where embeddings are far apart and predicted, none where they are not."""
+        z_s = RANDOM.normal(size=(1000, 64))
+        assert information(z_s, z_s, 0.1) == pytest.approx(np.log(256), abs=0.2)
+        assert information(RANDOM.normal(size=(1000, 64)), z_s, 0.1) < 0
+        assert information(np.ones((50, 3)), np.ones((50, 3)), 0.1) == pytest.approx(0, abs=1e-5)
 
     @pytest.mark.parametrize("normalized", [False, True])
     def test_returns_by_hand(self, normalized):

@@ -29,6 +29,7 @@ from sb3_mrq.diagnostics.results import (
 )
 from sb3_mrq.hyperparameters import COUNT, NOT_NEGATIVE, STEPS
 from sb3_mrq.learner import effective_rank
+from sb3_mrq.losses import infonce_loss
 from sb3_mrq.mrq import MRQ
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Diagnosis:
             for measure in ("r2", "rmse", "r2_unchanged"):
                 for i, value in enumerate(getattr(self.model, f"{name}_{measure}", ())):
                     numbers[f"model/{name}_{measure}_{i + 1}"] = float(value)
+        for i, value in enumerate(self.model.information):
+            numbers[f"model/information_{i + 1}"] = float(value)
         numbers["probe/z_sa_r2"] = self.probe.z_sa_r2
         numbers["probe/raw_r2"] = self.probe.raw_r2
         for health in (self.z_s, self.z_sa):
@@ -211,6 +214,24 @@ def _rmse(true: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.sqrt(np.square(predicted - true).mean())) if len(true) else float("nan")
 
 
+def information(predicted_z_s: np.ndarray, target_z_s: np.ndarray, temperature: float) -> float:
+    """
+    :param predicted_z_s: predicted embeddings, (N, Z)
+    :param target_z_s: embeddings of the next observations, (N, Z)
+    :param temperature: temperature of InfoNCE
+    :return: lower bound on their mutual information, in nats: the logarithm of the batch size minus InfoNCE, which is averaged
+        over random batches
+    """
+    batch_size = min(len(predicted_z_s), 256)
+    n_batches = len(predicted_z_s) // batch_size
+    order = np.random.default_rng(0).permutation(len(predicted_z_s))[: n_batches * batch_size]
+    predicted, target = (
+        th.as_tensor(z_s[order], dtype=th.float32).view(batch_size, n_batches, -1) for z_s in (predicted_z_s, target_z_s)
+    )
+    loss = infonce_loss(predicted, target, th.ones(batch_size, n_batches), temperature)
+    return float(np.log(batch_size) - loss / n_batches)
+
+
 def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
     """
     Unroll the linear model from every state with the actions taken, as in the encoder loss, and compare with the episodes.
@@ -239,7 +260,7 @@ def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
         inside = starts + step < end_of[starts]
         starts, predicted_z = starts[inside], predicted_z[inside]
         if len(starts) == 0:
-            rows.append([float("nan")] * 6 + [0, 0])
+            rows.append([float("nan")] * 7 + [0, 0])
             continue
         now = starts + step
         predicted_rewards, predicted_terminated, predicted_z = networks.predict(predicted_z, actions[now])
@@ -251,6 +272,7 @@ def model_accuracy(model: MRQ, episodes: list[Episode]) -> ModelAccuracy:
                 _rmse(terminated[now], predicted_terminated),
                 measures.explained_variance(target_z_s[now + 1], predicted_z),
                 measures.explained_variance(target_z_s[now + 1], target_z_s[starts]),
+                information(predicted_z, target_z_s[now + 1], model.infonce_temperature),
                 len(now),
                 int(terminated[now].sum()),
             ]

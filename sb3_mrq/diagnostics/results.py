@@ -36,6 +36,8 @@ class ModelAccuracy:
     :param termination_rmse: root mean squared error of the predicted termination; its target is 0 or 1
     :param embedding_r2: R^2 of the next embedding, with the target encoder's embedding as target, over all dimensions
     :param embedding_r2_unchanged: R^2 of predicting no change of the embedding
+    :param information: lower bound on the mutual information of predicted and next embedding, in nats, from InfoNCE in random
+        batches of up to 256 (at most 5.5)
     :param n: number of predictions
     :param n_terminated: number of terminations among the targets
     """
@@ -46,6 +48,7 @@ class ModelAccuracy:
     termination_rmse: np.ndarray
     embedding_r2: np.ndarray
     embedding_r2_unchanged: np.ndarray
+    information: np.ndarray
     n: np.ndarray
     n_terminated: np.ndarray
 

@@ -282,7 +282,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        assert self.replay_buffer is not None
         check_hyperparameters(self)
         check_replay_buffer(self, self.replay_buffer)
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
@@ -290,7 +289,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
         warn_about_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
         if self.compile_updates == "auto" and last_step - self.learning_starts >= self.COMPILE_FROM:
             self.updates.compile_on_cpu()
-        return super()._setup_learn(total_timesteps, *args, **kwargs)
+        set_up = super()._setup_learn(total_timesteps, *args, **kwargs)
+        self.updates.rehearse(self.replay_buffer, self._last_obs, self.batch_size, self._vec_normalize_env)
+        return set_up
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)

@@ -2,19 +2,16 @@
 Evaluation during training for the benchmarks: before the first step and at a fixed interval, with the returns in a CSV file.
 """
 
-import contextlib
 import csv
-import os
+import io
 import platform
 import subprocess
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch as th
@@ -27,6 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 import sb3_mrq
 from sb3_mrq import MRQ
 from sb3_mrq.diagnostics.episodes import no_side_effects
+from sb3_mrq.persist.files import atomic_file
 
 # Probability of a random action in evaluations on Atari, section 5 of the paper's appendix
 RANDOM_ACTIONS = 0.001
@@ -157,23 +155,6 @@ def copy_normalization(source: VecEnv, target: VecEnv) -> None:
     theirs.ret_rms = deepcopy(ours.ret_rms)
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[str]]:
-    """
-    :param path: path of a file, which other processes may be writing too
-    :return: a temporary file that replaces it when complete
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w", newline="") as file:
-            yield file
-        os.chmod(temporary, 0o644)  # mkstemp gives access to the owner only
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 class EvaluationCallback(BaseCallback):
     """
     Evaluate before the first step, at a fixed interval and at the end, and append the returns to a CSV file. A resumed run
@@ -192,7 +173,7 @@ class EvaluationCallback(BaseCallback):
     def __init__(self, env: VecEnv, path: Path, freq: int, n_episodes: int, task: str):
         super().__init__()
         self.env = env
-        self.path = path
+        self.path = path.absolute()
         self.freq = freq
         self.n_episodes = n_episodes
         self.task = task
@@ -209,11 +190,13 @@ class EvaluationCallback(BaseCallback):
     def _continue_file(self) -> None:
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.num_timesteps]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         # Never a partial file, even if the process is killed here
-        with new_file(self.path) as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        with atomic_file(self.path) as file:
+            file.write(text.getvalue().encode())
         self.n_evaluations = len(rows)
         # A checkpoint comes after the evaluation of its step
         self._plan_next()

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -41,7 +42,6 @@ import torch as th
 import yaml
 from tqdm import tqdm
 
-from benchmarks.evaluation import new_file
 from sb3_mrq.envs import ATARI_GAMES, DMC_TASKS, DMC_VISUAL_TASKS, GYM_LOCOMOTION, AtariWrapper
 from sb3_mrq.persist.checkpoints import newest_with_model
 from sb3_mrq.persist.files import atomic_file
@@ -477,15 +477,17 @@ def gather(runs: Iterable[Run], out: Path) -> int:
     """
     now = {run.folder: run for run in runs}
     finished = {run: record for run, record in finished_runs(out).items() if now.get(run.folder, run).settings == run.settings}
-    # A temporary file, as another study may be writing the same table
-    with new_file(out / "results.csv") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for run, record in finished.items():
-            of_run = {"algorithm": run.algorithm, "versions": record["versions"], "machine": record["machine"]}
-            with (run.folder / "evaluations.csv").open(newline="") as evaluations:
-                # A rollout may end beyond the requested number of steps
-                writer.writerows(row | of_run for row in csv.DictReader(evaluations) if int(row["step"]) <= run.steps)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, RESULT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for run, record in finished.items():
+        of_run = {"algorithm": run.algorithm, "versions": record["versions"], "machine": record["machine"]}
+        with (run.folder / "evaluations.csv").open(newline="") as evaluations:
+            # A rollout may end beyond the requested number of steps
+            writer.writerows(row | of_run for row in csv.DictReader(evaluations) if int(row["step"]) <= run.steps)
+    # Another study may be writing the same table
+    with atomic_file(out / "results.csv") as file:
+        file.write(table.getvalue().encode())
     return len(finished)
 
 

@@ -130,7 +130,7 @@ def main() -> None:
     if STUDY_PROCESS in os.environ:
         end_with_parent(int(os.environ[STUDY_PROCESS]))
     folder, freq, episodes, *arguments = sys.argv[1:]
-    StudyManager.folder = Path(folder)
+    StudyManager.folder = Path(folder).absolute()
     record_versions(StudyManager.folder)
     StudyManager.evaluation_freq = int(freq)
     StudyManager.evaluation_episodes = int(episodes)

@@ -149,6 +149,7 @@ def main() -> None:
     args = parse_args()
     steps = args.steps or choose_steps(args.env)
     folder = args.out or Path("runs") / f"{args.env.replace('/', '-')}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = folder.absolute()  # the environment may change the working directory
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.use("Agg")
 

@@ -34,8 +34,9 @@ class ResumableCheckpointCallback(BaseCallback):
 
     :param save_freq: Number of timesteps between checkpoints, counted as ``num_timesteps`` over all environments (SB3's
         ``CheckpointCallback`` counts calls of the callback)
-    :param save_path: Folder for the checkpoints of one run at a time, created at the start of training. In a configuration of
-        rl-zoo3, None stands for the folder ``checkpoints`` in the folder of the run.
+    :param save_path: Folder for the checkpoints of one run at a time, created at the start of training. A relative path refers
+        to the working directory at construction. In a configuration of rl-zoo3, None stands for the folder ``checkpoints`` in
+        the folder of the run.
     :param name_prefix: Common prefix of the names of the checkpoints
     :param keep_last: How many checkpoints of a run to keep, None for all. The oldest is deleted after a new one is complete.
     :param at_episode_end: Whether to delay a checkpoint until all environments are between episodes, so that resuming cuts no
@@ -65,7 +66,8 @@ class ResumableCheckpointCallback(BaseCallback):
         if not name_prefix or Path(name_prefix).name != name_prefix:
             raise ValueError(f"name_prefix is {name_prefix!r}, but must be a valid beginning of a file name.")
         self.save_freq = save_freq
-        self.save_path = save_path
+        # Before an environment or another callback changes the working directory
+        self.save_path = None if save_path is None else Path(save_path).absolute()
         self.name_prefix = name_prefix
         self.keep_last = keep_last
         self.at_episode_end = at_episode_end
@@ -87,7 +89,7 @@ class ResumableCheckpointCallback(BaseCallback):
         if self.save_path is None:
             raise ValueError("save_path is None, but must be a folder for the checkpoints.")
         # Created here only: if the folder is missing when a checkpoint is saved, something is wrong with the disk
-        Path(self.save_path).mkdir(parents=True, exist_ok=True)
+        self.save_path.resolve().mkdir(parents=True, exist_ok=True)
 
     def _check_parent(self) -> None:
         if self.parent is not None:

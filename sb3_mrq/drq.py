@@ -85,6 +85,7 @@ class DRQ(MRQ):
     :param _init_setup_model: whether to build the networks at the creation of the instance
     """
 
+    algorithm_name = "DRQ"
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,

@@ -2,15 +2,17 @@
 Hyperparameters of the updates, and checks of all hyperparameters.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from os import PathLike
 from typing import Any
 
-from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from torch import nn
 
 from sb3_mrq.arguments import Instance, Number, OneOf, Requirement, Switch, check_argument, plain
@@ -57,10 +59,6 @@ REQUIREMENTS: dict[str, Requirement] = {
     "train_freq": TrainFrequency(),
     # Any negative number means as many as steps
     "gradient_steps": Number(integer=True),
-    "action_noise": Instance(
-        (Callable, type(None)),  # type: ignore[arg-type]
-        "an ActionNoise such as NormalActionNoise, or None. The size of the built-in noise is exploration_noise.",
-    ),
     "replay_buffer_kwargs": Instance((Mapping,), "a dict of arguments of the replay buffer, or None."),
     "n_steps": COUNT,
     "encoder_horizon": COUNT,
@@ -172,6 +170,32 @@ class UpdateHyperparameters:
         return cls(**values)
 
 
+def check_policy(policy: Any, algorithm: type[BaseAlgorithm]) -> None:
+    """
+    :param policy: the argument ``policy`` of the constructor
+    :param algorithm: the algorithm, with ``policy_aliases``
+    :raises ValueError: if the policy is neither one of these names nor a subclass of one of these classes
+    """
+    # A subclass may replace the aliases, but policies of its base classes work too
+    aliases: list[dict[str, type]] = [vars(parent).get("policy_aliases", {}) for parent in algorithm.__mro__]
+    classes = tuple(policy_class for names in aliases for policy_class in names.values())
+    if isinstance(policy, str):
+        known, shown = policy in algorithm.policy_aliases, repr(policy)
+    elif isinstance(policy, type):
+        known, shown = issubclass(policy, classes), f"{policy.__module__}.{policy.__name__}"
+    elif isinstance(policy, nn.Module):
+        known, shown = False, f"an object of the class {type(policy).__name__}"
+    else:
+        # A function that creates a policy
+        known, shown = callable(policy), repr(policy)
+    if not known:
+        base = min(classes, key=lambda policy_class: len(policy_class.__mro__))
+        raise ValueError(
+            f"policy is {shown}, but must be one of the names {', '.join(map(repr, algorithm.policy_aliases))}, or a "
+            f"subclass of {base.__module__}.{base.__name__}. Arguments of the policy are passed as policy_kwargs."
+        )
+
+
 def check_hyperparameters(model: Any) -> None:
     """
     Check all hyperparameters, and convert scalars of NumPy to Python.
@@ -185,10 +209,6 @@ def check_hyperparameters(model: Any) -> None:
         if type(value) is tuple:
             value = tuple(map(plain, value))
         setattr(model, attribute, check_argument(name, value, requirement))
-    if model.action_noise is not None and not isinstance(model.action_space, spaces.Box):
-        raise ValueError(
-            f"action_noise is for Box actions, not {model.action_space}: leave it out and set exploration_noise instead."
-        )
     for name, argument in (
         ("horizon", "encoder_horizon"),
         ("n_steps", "n_steps"),
@@ -206,12 +226,14 @@ def check_hyperparameters(model: Any) -> None:
         )
 
 
-def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
+def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer | None) -> None:
     """
     :param model: an ``MRQ``
     :param replay_buffer: a replay buffer for the model
     :raises ValueError: if the model cannot learn from this buffer
     """
+    if replay_buffer is None:
+        raise ValueError("The model has no replay buffer to learn from: load one with load_replay_buffer.")
     if not isinstance(replay_buffer, SubtrajectoryReplayBuffer):
         raise ValueError(
             f"MR.Q learns from a SubtrajectoryReplayBuffer, not from a {type(replay_buffer).__name__}: start with an empty "
@@ -233,7 +255,8 @@ def check_replay_buffer(model: Any, replay_buffer: ReplayBuffer) -> None:
 
 def warn_about_settings(model: Any, last_step: int, reset_num_timesteps: bool, bfloat16_is_fast: bool) -> None:
     """
-    Warn about settings that are allowed, but are probably a mistake.
+    Warn about settings that are allowed, but are probably a mistake. The warning that nothing will be learned is given once
+    per model.
 
     :param model: an ``MRQ``
     :param last_step: last timestep of the training that is about to start
@@ -242,10 +265,18 @@ def warn_about_settings(model: Any, last_step: int, reset_num_timesteps: bool, b
     """
     warn = partial(warnings.warn, stacklevel=6)
     if last_step <= model.learning_starts:
-        warn(
-            f"Nothing will be learned: {last_step} steps are fewer than learning_starts={model.learning_starts}. Train "
-            "for longer, or reduce learning_starts."
-        )
+        first_step = 0 if reset_num_timesteps else model.num_timesteps
+        frequency, unit = model.train_freq
+        # Rollouts are not cut short, and the length of an episode is unknown
+        rollout = frequency * model.n_envs
+        ends_in_warm_up = first_step + math.ceil((last_step - first_step) / rollout) * rollout <= model.learning_starts
+        if unit is TrainFrequencyUnit.STEP and ends_in_warm_up and not model.gradient_steps_left and not model.warm_up_warned:
+            # Once, as learn may be called for one step at a time
+            model.warm_up_warned = True
+            warn(
+                f"Nothing will be learned in this call of learn: it ends at step {last_step}, which is not above "
+                f"learning_starts={model.learning_starts}. Train for longer, or reduce learning_starts."
+            )
         return
     if reset_num_timesteps and model._n_updates > 0 and 0 < model.learning_starts <= model.replay_buffer.size():
         warn(

@@ -45,8 +45,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate of value heads and policy, or a function of the progress remaining (from 1 to 0)
-    :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots, the last one
-        for its final observation.
+    :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots.
     :param learning_starts: how many uniformly random steps to do before learning starts, over all environments
     :param batch_size: Minibatch size for each gradient update
     :param gamma: the discount factor
@@ -100,6 +99,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+    algorithm_name = "MRQ"
     learner_class: type[Learner] = Learner
     policy: MRQPolicy
     encoder: Encoder
@@ -241,7 +241,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
             setattr(self, name, getattr(self.policy, name))
         self._convert_train_freq()
         restore_old_reward_scales(self)
-        # Computed once, as networks and device do not change
         self.automatic_precision = automatic_precision(self.device, self.encoder, self.critic, self.actor)
         self.learner = self.learner_class(self.policy, UpdateHyperparameters.from_model(self, self.automatic_precision))
         self.updates = Updates(self.learner, self.device, self.compile_updates, self.verbose)
@@ -283,7 +282,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        assert self.replay_buffer is not None
         check_hyperparameters(self)
         check_replay_buffer(self, self.replay_buffer)
         reset_num_timesteps = kwargs.get("reset_num_timesteps", args[1] if len(args) > 1 else True)
@@ -291,7 +289,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
         warn_about_settings(self, last_step, reset_num_timesteps, bfloat16_is_fast(self.device))
         if self.compile_updates == "auto" and last_step - self.learning_starts >= self.COMPILE_FROM:
             self.updates.compile_on_cpu()
-        return super()._setup_learn(total_timesteps, *args, **kwargs)
+        set_up = super()._setup_learn(total_timesteps, *args, **kwargs)
+        self.updates.rehearse(self.replay_buffer, self._last_obs, self.batch_size, self._vec_normalize_env)
+        return set_up
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)

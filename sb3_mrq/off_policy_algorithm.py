@@ -4,6 +4,7 @@ Stable-Baselines3's ``OffPolicyAlgorithm`` with stopping on signals, resuming fr
 
 import contextlib
 import io
+import os
 import pathlib
 from copy import deepcopy
 from typing import Any, TypeVar
@@ -16,12 +17,15 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
-from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.utils import configure_logger, get_device
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
 
+from sb3_mrq.action_noise import check_action_noise, sample_noise
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.checks import BadValueError, check_vec_normalize, count_env_steps, explain_dead_worker, subspaces_of
+from sb3_mrq.hyperparameters import check_policy
 from sb3_mrq.persist.checkpoints import resume, set_generators
+from sb3_mrq.persist.models import check_saved_model
 from sb3_mrq.persist.replay_files import load_replay_buffer, save_replay_buffer
 from sb3_mrq.persist.stopping import StopSignals
 
@@ -49,14 +53,25 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     """
 
     replay_buffer: SubtrajectoryReplayBuffer | None
+    # Saved with a model, which other algorithms refuse to load
+    algorithm_name: str
     default_replay_buffer_class: type[SubtrajectoryReplayBuffer] = SubtrajectoryReplayBuffer
     # Clean-up registered by callbacks, run when ``learn`` returns or raises
     learn_exit_stack: contextlib.ExitStack
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, policy: Any, *args: Any, **kwargs: Any):
+        check_policy(policy, type(self))
+        # A relative ``tensorboard_log`` refers to this folder. Environments may change the working directory. The attribute
+        # itself stays relative, as it is saved with the model, which may be loaded on another machine.
+        self.start_folder = os.getcwd()
+        super().__init__(policy, *args, **kwargs)
+        self.algorithm = self.algorithm_name
+        if self.env is not None:
+            check_action_noise(self.action_noise, self.action_space, self.n_envs)
         # Outstanding training steps, which a signal, Ctrl-C or an error has interrupted. The next call of ``train`` does them.
         self.gradient_steps_left = 0
+        # Whether there was a warning that nothing will be learned
+        self.warm_up_warned = False
         # Id of the run in its checkpoints, and names of damaged checkpoints that ``resume`` skipped
         self.run_id: str | None = None
         self.damaged_checkpoints: list[str] = []
@@ -93,16 +108,24 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         if self.replay_buffer_class is None:
             self.replay_buffer_class = self.default_replay_buffer_class
+        self._buffer_hyperparameters = kwargs
         if self.replay_buffer is None:
-            self.replay_buffer = self.replay_buffer_class(  # type: ignore[assignment]
-                self.buffer_size,
-                self.observation_space,
-                self.action_space,
-                device=self.device,
-                n_envs=self.n_envs,
-                **kwargs,
-                **self.replay_buffer_kwargs,
-            )
+            self.replay_buffer = self._make_replay_buffer()
+
+    def _make_replay_buffer(self) -> SubtrajectoryReplayBuffer:
+        """
+        :return: an empty replay buffer
+        """
+        assert self.replay_buffer_class is not None
+        return self.replay_buffer_class(  # type: ignore[return-value]
+            self.buffer_size,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            n_envs=self.n_envs,
+            **self._buffer_hyperparameters,
+            **self.replay_buffer_kwargs,
+        )
 
     # Learning
 
@@ -136,6 +159,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        check_action_noise(self.action_noise, self.action_space, self.n_envs)
         if reset_num_timesteps:
             # A new run, whose checkpoints do not replace checkpoints of the previous one
             self.run_id, self.damaged_checkpoints = None, []
@@ -146,6 +170,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         if self._env_steps is not None and env_steps is not None and env_steps != self._env_steps:
             # The environment was replaced, or stepped by others, so the last observation is outdated
             self._last_obs = None
+        tensorboard_log, self.tensorboard_log = self.tensorboard_log, self._absolute_tensorboard_log
         try:
             total_timesteps, callback = super()._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -156,6 +181,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             self._last_obs = None
             explain_dead_worker(self.env, error, self.num_timesteps)
             raise
+        finally:
+            self.tensorboard_log = tensorboard_log
         obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
         assert obs is not None
         try:
@@ -174,10 +201,14 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         callbacks.model = self
         return callbacks
 
+    @property
+    def _absolute_tensorboard_log(self) -> str | None:
+        return None if self.tensorboard_log is None else os.path.join(self.start_folder, self.tensorboard_log)
+
     def _require_logger(self) -> None:
         """Create a logger if ``train`` is called before ``learn``."""
         if not hasattr(self, "_logger"):
-            self.set_logger(configure_logger(self.verbose, self.tensorboard_log))
+            self.set_logger(configure_logger(self.verbose, self._absolute_tensorboard_log))
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """
@@ -229,7 +260,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             buffer_action = buffer_action.astype(self.action_space.dtype)
             return buffer_action, buffer_action
         if action_noise is not None:
-            noise = np.reshape(action_noise(), buffer_action.shape)
+            noise = sample_noise(action_noise, n_envs, self.action_space.shape)
             buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
         return self.policy.unscale_action(buffer_action), buffer_action
 
@@ -371,9 +402,26 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises FileNotFoundError: if there is no complete checkpoint
         :raises ValueError: if no checkpoint can be used, or if the environment does not match
         """
-        return resume(cls, folder, env, device, name_prefix, **kwargs)
+        # The folder first: making an environment may change the working directory
+        return resume(cls, pathlib.Path(folder).absolute(), env, device, name_prefix, **kwargs)
 
     # Files
+
+    @classmethod
+    def load(
+        cls: type[SelfResumable], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
+    ) -> SelfResumable:
+        """
+        Load a model from a zip-file, see ``BaseAlgorithm.load``.
+
+        :param path: path to the file (or a file-like)
+        :param args: further arguments of ``BaseAlgorithm.load``
+        :param kwargs: further arguments of ``BaseAlgorithm.load``, and arguments to change the model when loading
+        :return: new model with the loaded parameters
+        :raises ValueError: if it is a model of another algorithm
+        """
+        check_saved_model(path, cls.algorithm_name)
+        return super().load(path, *args, **kwargs)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
@@ -392,21 +440,27 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         truncate_last_traj: bool = True,
     ) -> None:
         """
-        Load a replay buffer saved by ``save_replay_buffer``. No code from the file is run.
+        Load a replay buffer saved by ``save_replay_buffer``. No code from the file is run. The current buffer stays in memory
+        until the new one is loaded, unless ``replay_buffer`` is set to None first.
 
         :param path: Path to the file, or a file object.
         :param truncate_last_traj: No effect: the buffer itself detects whether the environment continues the last episode
         :raises ReplayFileError: if the file is damaged or not a replay buffer; the current buffer is kept
         :raises ValueError: if the buffer is for other environments; the current buffer is kept
         """
-        assert self.replay_buffer is not None, "The replay buffer is not defined"
-        replay_buffer = load_replay_buffer(path, self.replay_buffer, self.verbose)
+        like = self._make_replay_buffer() if self.replay_buffer is None else self.replay_buffer
+        replay_buffer = load_replay_buffer(path, like, self.verbose)
+        # The device of the model may have changed
+        replay_buffer.device = get_device(self.device)
         # The device may not have enough memory for two copies
-        self.replay_buffer.detach_copy()
+        like.detach_copy()
         self.replay_buffer = replay_buffer
 
     def _excluded_save_params(self) -> list[str]:
         process_state = [
+            "start_folder",
+            "_buffer_hyperparameters",
+            "warm_up_warned",
             "run_id",
             "damaged_checkpoints",
             "resumed_generators",

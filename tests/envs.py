@@ -3,12 +3,15 @@ Toy environments, a model small enough for tests, and what several test files as
 """
 
 import itertools
+import os
 from copy import deepcopy
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from helpers import NETWORKS, TARGETS, snapshot
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.preprocessing import is_image_space
@@ -79,6 +82,35 @@ class SpaceEnv(gym.Env):
         self.t += 1
         reward = self.reward * float(self.np_random.random())
         return self.observation_space.sample(), reward, False, self.t >= self.length, {"is_success": True}
+
+
+class Wandering(SpaceEnv):
+    """Changes the working directory when it is made and at every reset, as some simulators do."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
+    elsewhere: ClassVar
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        os.chdir(self.elsewhere)
+
+    def reset(self, **kwargs):
+        os.chdir(self.elsewhere)
+        return super().reset(**kwargs)
+
+
+def wandering_env(folder, monkeypatch):
+    """
+    Register ``Wandering``.
+
+    :return: the working directory from here to the first of these environments, and their id
+    """
+    monkeypatch.setitem(gym.registry, "Wandering-v0", EnvSpec("Wandering-v0", f"{__name__}:Wandering"))
+    monkeypatch.setattr(Wandering, "elsewhere", folder / "elsewhere", raising=False)
+    for path in (folder / "elsewhere", folder / "start"):
+        path.mkdir()
+    monkeypatch.chdir(folder / "start")
+    return folder / "start", "Wandering-v0"
 
 
 class SwingEnv(gym.Env):

@@ -169,8 +169,10 @@ def test_training_shifts_every_image_of_a_batch_and_acting_none(policy, key, pad
         shifted.append((images.shape[:-3].numel(), pad))
         return augmentation.random_shift(images, pad)
 
+    # Begins with a rehearsal of a training step
+    model.learn(3)
     with mock.patch("sb3_mrq.learner.random_shift", note):
-        model.learn(6)
+        model.learn(3, reset_num_timesteps=False)
         model.predict(model.env.reset())
         assert not shifted
         model.learn(1, reset_num_timesteps=False)

@@ -2,9 +2,13 @@
 What cannot work is refused at once, by an error that names the value and the remedy, and nothing that was learned is lost.
 """
 
+import json
 import re
+import threading
 import warnings
+from functools import partial
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ import torch as th
 from envs import (
     BOX,
     IMAGE,
+    TINY,
+    TINY_POLICY,
     VECTOR,
     CounterEnv,
     Faulty,
@@ -23,17 +29,24 @@ from envs import (
 )
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation, ResizeObservation, TransformObservation
-from stable_baselines3 import PPO, TD3, HerReplayBuffer
+from helpers import make_policy, same, snapshot
+from stable_baselines3 import PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
+from torch import nn
 
 from sb3_mrq import MRQ, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_mrq.action_noise import check_action_noise
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.buffers.frames import ObservationStorage
 from sb3_mrq.checks import BadValueError
+from sb3_mrq.extractors import MLPExtractor
+from sb3_mrq.learner import Learner
+from sb3_mrq.persist.checkpoints import get_generators
+from sb3_mrq.policies import MRQPolicy
 
 DICT = spaces.Dict(image=IMAGE, vector=VECTOR)
 COUNTS = ("n_steps", "encoder_horizon", "batch_size", "target_update_interval")
@@ -246,6 +259,47 @@ def test_action_noise_is_for_box_actions(action_space):
 
 
 @pytest.mark.parametrize(
+    ("action_noise", "n_envs", "message"),
+    [
+        (NormalActionNoise(np.zeros(3), np.ones(3)), 1, r"noise of the shape \(3,\).* shape of the actions, \(2,\)"),
+        (NormalActionNoise(np.zeros(3), np.ones(3)), 2, r"noise of the shape \(3,\)"),
+        (NormalActionNoise(np.zeros(4), np.ones(4)), 2, r"noise of the shape \(4,\)"),
+        (NormalActionNoise(0.0, 0.1), 1, "cannot be sampled: AttributeError.* arrays of one number"),
+        (NormalActionNoise(np.zeros(2), -np.ones(2)), 1, "cannot be sampled: ValueError: scale < 0"),
+        (
+            VectorizedActionNoise(NormalActionNoise(np.zeros(2), np.ones(2)), 1),
+            2,
+            "for 1 environments, but there are 2.*base_noise",
+        ),
+        (VectorizedActionNoise(NormalActionNoise(np.zeros(1), np.ones(1)), 2), 1, "for 2 environments, but there are 1"),
+        (VectorizedActionNoise(NormalActionNoise(np.zeros(3), np.ones(3)), 2), 2, r"noise of the shape \(3,\)"),
+        (0.1, 1, "action_noise is 0.1.*NormalActionNoise.*exploration_noise"),
+    ],
+)
+def test_action_noise_that_does_not_fit(action_noise, n_envs, message):
+    """Not found out after the warm-up."""
+    env = make_vec_env(SpaceEnv, n_envs)
+    with pytest.raises(ValueError, match=message):
+        tiny_model(env, action_noise=action_noise)
+    model = tiny_model(env)
+    model.action_noise = action_noise
+    with pytest.raises(ValueError, match=message):
+        model.learn(5)
+
+
+def test_loaded_with_noise_for_another_number_of_environments(tmp_path):
+    """It can act, and learns with the noise that is asked for."""
+    noise = NormalActionNoise(np.zeros(2), np.ones(2))
+    tiny_model(make_vec_env(SpaceEnv, 2), action_noise=noise).learn(20).save(tmp_path / "m")
+    model = MRQ.load(tmp_path / "m", SpaceEnv(), device="cpu")
+    model.predict(VECTOR.sample())
+    with pytest.raises(ValueError, match="set action_noise to its base_noise"):
+        model.learn(5)
+    model.action_noise = model.action_noise.base_noise
+    learn_and_check(model, 20)
+
+
+@pytest.mark.parametrize(
     ("policy_kwargs", "message"),
     [
         ({"net_arch": {"encoder": [16], "vf": [16]}}, "encoder, qf, pi, not vf"),
@@ -261,9 +315,140 @@ def test_policy_kwargs(policy_kwargs, message):
         tiny_model(SpaceEnv(), policy_kwargs=policy_kwargs)
 
 
-def test_unknown_policy():
-    with pytest.raises(ValueError, match="LstmPolicy"):
-        MRQ("LstmPolicy", SpaceEnv())
+class Features(BaseFeaturesExtractor):
+    """An extractor of a user's own, with a fault or none."""
+
+    def __init__(self, observation_space, fault=None):
+        super().__init__(observation_space, 8)
+        self.fault = fault
+        self.norm = nn.BatchNorm1d(3)
+        self.linear = nn.Linear(3, 7 if fault == "size" else 8)
+
+    def forward(self, observations):
+        features = self.linear(self.norm(observations) if self.fault == "batch norm" else observations)
+        if self.fault == "in place":
+            hidden = features.exp()
+            return hidden.add_(1)
+        return features[:, None] if self.fault == "axis" else features
+
+
+class BadBuffer(SubtrajectoryReplayBuffer):
+    def read(self, slots, starts, n_steps, ends_only=False):
+        raise KeyError("goal")
+
+
+class BadLearner(Learner):
+    def value_loss(self, z_sa, target):
+        return super().value_loss(z_sa, target)[0].expand(2), target  # not a scalar
+
+
+class BadAlgorithm(MRQ):
+    learner_class = BadLearner
+
+
+class BadPolicy(MRQPolicy):
+    def act(self, observation, sample):
+        raise NotImplementedError("planner")
+
+
+def extractor(fault):
+    return {"policy_kwargs": {"features_extractor_class": Features, "features_extractor_kwargs": {"fault": fault}}}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "kwargs", "message"),
+    [
+        (MRQ, "MlpPolicy", extractor("size"), "shapes cannot be multiplied"),
+        (MRQ, "MlpPolicy", extractor("axis"), "RuntimeError"),
+        (MRQ, "MlpPolicy", extractor("in place"), "inplace operation"),
+        (MRQ, "MlpPolicy", extractor("batch norm") | {"batch_size": 1}, "more than 1 value per channel"),
+        (MRQ, "MlpPolicy", {"policy_kwargs": {"activation_fn": nn.GLU}}, "RuntimeError"),
+        (MRQ, "MlpPolicy", {"policy_kwargs": {"optimizer_class": th.optim.LBFGS}}, "closure"),
+        (MRQ, "MlpPolicy", {"policy_kwargs": {"optimizer_class": th.optim.SparseAdam}}, "dense gradients"),
+        (MRQ, "MlpPolicy", {"policy_kwargs": {"optimizer_kwargs": {"differentiable": True}}}, "RuntimeError"),
+        (MRQ, "MlpPolicy", {"replay_buffer_class": BadBuffer}, "KeyError: 'goal'"),
+        (MRQ, BadPolicy, {}, "NotImplementedError: planner"),
+        (BadAlgorithm, "MlpPolicy", {}, "scalar outputs"),
+    ],
+)
+def test_fault_after_the_warm_up(algorithm, policy, kwargs, message):
+    """It shows before the first step."""
+    kwargs = TINY | kwargs | {"policy_kwargs": TINY_POLICY | kwargs.get("policy_kwargs", {}), "learning_starts": 1000}
+    model = algorithm(policy, SpaceEnv(), **kwargs)
+    with pytest.raises(ValueError, match=f"(?s)fail after the warm-up.*{message}"):
+        model.learn(2000)
+    assert model.num_timesteps == model.replay_buffer.size() == 0
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("space", [VECTOR, IMAGE, DICT, spaces.Discrete(4)], ids=["vector", "image", "Dict", "Discrete"])
+@pytest.mark.parametrize("action_space", [BOX, spaces.MultiDiscrete([2, 3])], ids=["Box", "MultiDiscrete"])
+def test_rehearsal_changes_nothing(space, action_space, n_envs):
+    noise = OrnsteinUhlenbeckActionNoise(np.zeros(2), np.ones(2)) if action_space is BOX else None
+    model = tiny_model(make_vec_env(lambda: SpaceEnv(space, action_space), n_envs), policy_for(space), action_noise=noise)
+    obs = model.env.reset()
+
+    def everything():
+        optimizers = [getattr(model, name).optimizer.state_dict() for name in ("encoder", "critic", "actor")]
+        gradients = [parameter.grad for parameter in model.policy.parameters()]
+        others = [optimizers, gradients, model.policy.training, model.replay_buffer.pos, model.replay_buffer.size()]
+        return snapshot(model.policy), json.dumps(get_generators(model)), repr(others)
+
+    before = everything()
+    model.updates.rehearse(model.replay_buffer, obs, 8)
+    check_action_noise(model.action_noise, model.action_space, model.n_envs)
+    after = everything()
+    assert same(before[0], after[0]) and before[1:] == after[1:]
+    if noise is not None:
+        np.testing.assert_array_equal(noise.noise_prev, 0)
+
+
+def test_rehearsal_leaves_methods_that_were_replaced_alone():
+    """They may be bound to the learner itself, which would be trained on what the rehearsal has made up."""
+    model = tiny_model(SpaceEnv())
+    update, calls = model.learner.update_encoder, []
+    model.learner.update_encoder = lambda samples: (calls.append(model.num_timesteps), update(samples))[1]
+    model.learn(12)
+    assert calls and min(calls) > 10
+
+
+def test_rehearsal_of_what_cannot_be_copied():
+    """It is left out: such a model learns."""
+
+    class Locked(MRQPolicy):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.lock = threading.Lock()
+
+    learn_and_check(tiny_model(SpaceEnv(), Locked), 20)
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown"),
+    [
+        ("LstmPolicy", "'LstmPolicy'"),
+        (SAC.policy_aliases["MlpPolicy"], "stable_baselines3.sac.policies.SACPolicy"),
+        (MLPExtractor, "sb3_mrq.extractors.MLPExtractor"),
+        (make_policy(VECTOR, BOX), "an object of the class MRQPolicy"),
+        (None, "None"),
+    ],
+    ids=["name", "SAC", "extractor", "object", "None"],
+)
+def test_unknown_policy(policy, shown):
+    names = "'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy'"
+    expected = f"policy is {shown}, but must be one of the names {names}, or a subclass of sb3_mrq.policies.MRQPolicy."
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        MRQ(policy, SpaceEnv())
+
+
+@pytest.mark.parametrize("policy", [MRQPolicy, partial(MlpPolicy, z_a_dim=4)])
+def test_policies_of_a_subclass(policy):
+    """It has a policy of its own, but those of MRQ work as well."""
+
+    class Own(MRQ):
+        policy_aliases: ClassVar = {"MlpPolicy": CnnPolicy}
+
+    assert isinstance(Own(policy, SpaceEnv(), policy_kwargs=TINY_POLICY | {"z_a_dim": 4}, **TINY).policy, MRQPolicy)
 
 
 def test_warning_if_nothing_will_be_learned():
@@ -275,6 +460,29 @@ def test_warning_if_nothing_will_be_learned():
         warnings.simplefilter("error")
         model.learn(1, reset_num_timesteps=False)
     assert model._n_updates == 1
+
+
+def test_warning_once_if_learn_is_called_for_one_step_at_a_time():
+    model = tiny_model(SpaceEnv(), learning_starts=20)
+    with pytest.warns(UserWarning, match="learned in this call of learn: it ends at step 1,") as warned:
+        for _ in range(10):
+            model.learn(1, reset_num_timesteps=False)
+        model.learn(10)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "kwargs", "steps"),
+    [(3, {}, 20), (1, {"train_freq": 7}, 15), (1, {"train_freq": (1, "episode")}, 20)],
+    ids=["environments", "rollouts", "episodes"],
+)
+def test_no_warning_where_the_last_rollout_is_learned_from(n_envs, kwargs, steps):
+    """It goes on beyond the last step."""
+    model = tiny_model(make_vec_env(lambda: SpaceEnv(length=7), n_envs), learning_starts=20, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(steps)
+    assert model._n_updates > 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

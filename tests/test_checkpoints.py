@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from envs import IMAGE, SpaceEnv, policy_for, tiny_model
+from envs import IMAGE, SpaceEnv, policy_for, tiny_model, wandering_env
 from helpers import file_size_limit, snapshot
 from stable_baselines3 import TD3
 from stable_baselines3.common.callbacks import (
@@ -692,3 +692,20 @@ def test_arguments_that_cannot_work(tmp_path, arguments, message):
 def test_arguments_of_numpy_and_floats(tmp_path):
     learn(tiny_model(SpaceEnv()), tmp_path, 40, 1e1, keep_last=np.int64(2))
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_relative_paths_where_the_working_directory_changes(tmp_path, monkeypatch):
+    start, env_id = wandering_env(tmp_path, monkeypatch)
+    checkpoints = ResumableCheckpointCallback(10, "checkpoints")
+    tiny_model(env_id).learn(20, callback=checkpoints)
+    assert Path.cwd() != start
+    assert steps(start / "checkpoints") == [20, 10] and steps(checkpoints.save_path) == [20, 10]
+    os.chdir(start)
+    assert MRQ.resume("checkpoints", env_id, device="cpu").num_timesteps == 20
+
+
+def test_folder_is_a_link(tmp_path):
+    """What it points to need not be there yet, such as a folder on another disk."""
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "checkpoints")
+    learn(tiny_model(SpaceEnv()), tmp_path / "link")
+    assert steps(tmp_path / "disk" / "checkpoints") == [20, 10]

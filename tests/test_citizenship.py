@@ -19,6 +19,7 @@ from envs import (
     policy_for,
     record_log,
     tiny_model,
+    wandering_env,
 )
 from gymnasium import spaces
 from helpers import same, snapshot
@@ -313,6 +314,16 @@ def test_tensorboard(tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 36
 
 
+def test_tensorboard_where_the_working_directory_changes(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    start, env_id = wandering_env(tmp_path, monkeypatch)
+    model = tiny_model(env_id, tensorboard_log="tb").learn(20, log_interval=1)
+    (events,) = (start / "tb" / "MRQ_1").iterdir()
+    assert events.stat().st_size > 1000
+    # In a saved model, which may be loaded on another machine, the path stays relative
+    assert model.tensorboard_log == "tb"
+
+
 def test_progress_bar():
     pytest.importorskip("tqdm")
     pytest.importorskip("rich")
@@ -450,11 +461,14 @@ def test_action_noise_replaces_the_built_in_one(n_envs):
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])
-@pytest.mark.parametrize("shape", [(2,), (2, 3)])
+@pytest.mark.parametrize(
+    ("shape", "noise_shape"), [((2,), (2,)), ((2, 3), (2, 3)), ((2,), (1,)), ((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 3), (6,))]
+)
 @pytest.mark.parametrize("noise_class", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
-def test_action_noise(noise_class, shape, n_envs):
+def test_action_noise(noise_class, shape, noise_shape, n_envs):
+    """Noise of fewer numbers is broadcast, as in TD3."""
     space = spaces.Box(-2, 1, shape, dtype=np.float32)
-    noise = noise_class(np.zeros(shape), 0.3 * np.ones(shape))
+    noise = noise_class(np.zeros(noise_shape), 0.3 * np.ones(noise_shape))
     model = tiny_model(make_vec_env(lambda: SpaceEnv(action_space=space), n_envs), action_noise=noise)
     learn_and_check(model, 30)
     taken, without = actions_taken(
@@ -462,6 +476,19 @@ def test_action_noise(noise_class, shape, n_envs):
     )
     assert np.abs(taken - without).max() > 1e-3
     assert np.abs(taken).max() <= 1
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_action_noise_is_broadcast_within_each_environment(n_envs):
+    """Two environments and two actions: the noise of one environment must not go to the other."""
+    shifts = [0.25, -0.5][:n_envs]
+    env = make_vec_env(lambda: SpaceEnv(action_space=NARROW), n_envs)
+    noise = VectorizedActionNoise(NormalActionNoise(np.zeros(1), np.zeros(1)), n_envs)
+    noise.noises = [NormalActionNoise(np.full(1, shift), np.zeros(1)) for shift in shifts]
+    model = tiny_model(env, action_noise=noise, **IDLE)
+    taken, without = actions_taken(model, 36)
+    expected = np.repeat(shifts, len(taken) // n_envs)[:, None]
+    np.testing.assert_allclose(taken, np.clip(without + expected, -1, 1), atol=1e-5)
 
 
 def test_exploration_noise():

@@ -2,24 +2,29 @@
 Saving includes everything that training depends on, and loaded models train and act.
 """
 
+import gc
 import io
 import warnings
+import weakref
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch as th
-from envs import BOX, IMAGE, VECTOR, CounterEnv, SpaceEnv, check_counter_transitions, policy_for, tiny_model
+from envs import BOX, IMAGE, VECTOR, CounterEnv, SpaceEnv, check_counter_transitions, learn_and_check, policy_for, tiny_model
 from gymnasium import spaces
 from helpers import NETWORKS, same, snapshot
+from stable_baselines3 import PPO, SAC, TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.save_util import save_to_pkl
+from stable_baselines3.common.save_util import save_to_pkl, save_to_zip_file
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_mrq import MRQ
+from sb3_mrq import DRQ, MRQ
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
+from sb3_mrq.callbacks import ResumableCheckpointCallback
+from sb3_mrq.persist.replay_files import ReplayFileError
 
 ZOO_CUSTOM_OBJECTS = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
 
@@ -382,6 +387,39 @@ def test_replay_buffer_of_another_algorithm():
     assert model.replay_buffer is present
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_replay_buffer_loaded_after_the_present_one_was_freed(trained, tmp_path):
+    """As TD3 allows: there is never a second one in memory."""
+    source = tiny_model(SpaceEnv()).learn(30)
+    source.save_replay_buffer(tmp_path / "b")
+    model = tiny_model(SpaceEnv(), buffer_size=80, encoder_horizon=5)
+    if trained:
+        model.learn(20)
+    freed = weakref.ref(model.replay_buffer)
+    model.replay_buffer = None
+    gc.collect()
+    assert freed() is None
+    with pytest.raises(ValueError, match="no replay buffer to learn from"):
+        model.learn(5)
+    (tmp_path / "half.pkl").write_bytes((tmp_path / "b.pkl").read_bytes()[:-9])
+    with pytest.raises(ReplayFileError, match="truncated"):
+        model.load_replay_buffer(tmp_path / "half.pkl")
+    assert model.replay_buffer is None
+    model.load_replay_buffer(tmp_path / "b")
+    assert model.replay_buffer.size() == 30
+    learn_and_check(model, 20)
+    assert model.replay_buffer.size() == 50
+
+
+def test_loaded_replay_buffer_is_on_the_device_of_the_model(tmp_path):
+    model = tiny_model(SpaceEnv()).learn(20)
+    model.save_replay_buffer(tmp_path / "b")
+    model.device = "meta"
+    model.load_replay_buffer(tmp_path / "b")
+    assert model.replay_buffer.device == th.device("meta")
+    assert model.replay_buffer.sample(4).rewards.device.type == "meta"
+
+
 def test_missing_replay_buffer_file(tmp_path):
     model = tiny_model(SpaceEnv())
     present = model.replay_buffer
@@ -434,3 +472,49 @@ def test_schedules_survive(tmp_path):
     loaded.learn(30)
     assert loaded.actor.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
     assert loaded.encoder.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(("saved", "loading"), [(MRQ, DRQ), (DRQ, MRQ)])
+def test_siblings(saved, loading, tmp_path):
+    """Models and checkpoints of MRQ are none of DRQ, and the reverse; subclasses may load them."""
+
+    class Mine(saved):
+        pass
+
+    model = tiny_model(SpaceEnv(), algorithm=saved)
+    model.learn(20, callback=ResumableCheckpointCallback(20, tmp_path / "checkpoints"))
+    model.save(tmp_path / "model")
+    message = f"holds a model of {saved.__name__}, not of {loading.__name__}"
+    with pytest.raises(ValueError, match=message):
+        loading.load(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        loading.resume(tmp_path / "checkpoints", SpaceEnv())
+    assert Mine.load(tmp_path / "model").algorithm == saved.__name__
+    saved.resume(tmp_path / "checkpoints", SpaceEnv())
+
+
+@pytest.mark.parametrize("algorithm", [TD3, SAC, PPO])
+def test_model_of_another_algorithm(algorithm, tmp_path):
+    """Told before anything in the file is unpickled."""
+    path = tmp_path / "t"
+    model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu", **({} if algorithm is PPO else {"buffer_size": 10}))
+    model.save(path)
+    file = io.BytesIO(b"")
+    model.save(file)
+    file.seek(3)
+    for where, name in ((path, path), (str(path), path), (f"{path}.zip", f"{path}.zip"), (file, "The file")):
+        with pytest.raises(ValueError, match=f"{name} holds a model of {algorithm.__name__}, not of MRQ"):
+            MRQ.load(where)
+    assert file.tell() == 3 and not file.closed
+
+
+def test_model_of_an_algorithm_nobody_knows(tmp_path):
+    save_to_zip_file(tmp_path / "t", {"policy_class": None, "gamma": 0.9}, {})
+    with pytest.raises(ValueError, match="holds a model of another algorithm, not of MRQ"):
+        MRQ.load(tmp_path / "t")
+
+
+def test_set_parameters_of_another_algorithm(tmp_path):
+    TD3("MlpPolicy", "Pendulum-v1", device="cpu", buffer_size=10).save(tmp_path / "t")
+    with pytest.raises(ValueError, match="holds a model of TD3, not of MRQ"):
+        tiny_model("Pendulum-v1").set_parameters(tmp_path / "t")

@@ -292,16 +292,6 @@ class TestStudy:
             study.collect(study.run_locally(runs, 1), runs, 3, tmp_path)
         assert len(begun) < 3 and study.stopping.is_set()
 
-    def test_two_tables_at_once(self, tmp_path):
-        table = tmp_path / "results.csv"
-        with study.new_file(table) as ours, study.new_file(table) as theirs:
-            ours.write("ours")
-            theirs.write("theirs")
-        assert table.read_text() == "ours" and list(tmp_path.iterdir()) == [table]
-        with pytest.raises(OSError), study.new_file(table):
-            raise OSError
-        assert list(tmp_path.iterdir()) == [table]
-
     def test_one_table_for_all_commands(self, tmp_path):
         """A study given other tasks keeps the rows of before; runs to be made anew with other settings have none."""
         for task in ("Pendulum-v1", "Acrobot-v1"):

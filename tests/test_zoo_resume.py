@@ -4,11 +4,17 @@ rl-zoo3's training command writes checkpoints and goes on from them.
 
 import argparse
 import contextlib
+import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import rl_zoo3.exp_manager
 import yaml
+from envs import wandering_env
+from stable_baselines3 import TD3
 from test_zoo import SMALL
 
 import sb3_mrq.zoo
@@ -141,3 +147,60 @@ def test_search_writes_none(config, tmp_path):
     experiment.setup_experiment()
     experiment.hyperparameters_optimization()
     assert not list(tmp_path.rglob("mrq_0*"))
+
+
+def test_relative_paths_where_the_working_directory_changes(tmp_path, monkeypatch):
+    """Of the log folder, the model to continue with, TensorBoard's folder and the report."""
+    start, env_id = wandering_env(tmp_path, monkeypatch)
+    section = SMALL | dict(policy="MlpPolicy", n_timesteps=40, learning_starts=10, target_update_interval=10, buffer_size=500)
+    section["callback"] = [{CALLBACK: {"save_freq": 20}}]
+    Path("config.yml").write_text(yaml.safe_dump({env_id: section}))
+    arguments = [
+        "--algo",
+        "mrq",
+        "--env",
+        env_id,
+        "-conf",
+        "config.yml",
+        "--device",
+        "cpu",
+        "--eval-episodes",
+        "1",
+        "-f",
+        "logs",
+    ]
+    run("train", [*arguments, "--eval-freq", "20", "--tensorboard-log", "tb"])
+    trained = start / "logs" / "mrq" / f"{env_id}_1"
+    assert steps(trained) == [40, 20]
+    assert {f"{env_id}.zip", "best_model.zip", "evaluations.npz"} <= {path.name for path in trained.iterdir()}
+    assert (start / "tb" / env_id / "MRQ_1").is_dir()
+    for agent in (f"logs/mrq/{env_id}_1/{env_id}.zip", f"logs/mrq/{env_id}_1"):
+        os.chdir(start)
+        run("train", [*arguments, "--eval-freq", "-1", "-i", agent, "-n", "60"])
+    assert steps(trained) == [60, 40]
+    os.chdir(start)
+    monkeypatch.setattr(
+        "sb3_mrq.zoo.diagnose.diagnose",
+        lambda *_, **__: SimpleNamespace(report=reports.append, flags=[], episode_returns=np.zeros(1)),
+    )
+    reports = []
+    run("diagnose", ["--env", env_id, "-f", "logs", "--exp-id", "1", "-o", "report", "--device", "cpu"])
+    os.chdir(start)
+    run("diagnose", ["--env", env_id, "--model", f"logs/mrq/{env_id}_1/{env_id}.zip", "--device", "cpu"])
+    assert reports == [start / "report", trained / "diagnosis"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_model_of_another_algorithm(trained, config, tmp_path):
+    """In the log folder, to continue with, and to report on."""
+    path = trained / "Pendulum-v1.zip"
+    TD3("MlpPolicy", "Pendulum-v1", device="cpu", buffer_size=10).save(path)
+    logs = shutil.copytree(trained.parent, tmp_path / "logs" / "mrq").parent
+    for script, arguments in (
+        ("enjoy", ["--algo", "mrq", "-f", str(logs), "--no-render", "--exp-id", "1"]),
+        ("train", ["--algo", "mrq", "-f", str(tmp_path / "new"), "-conf", str(config), "-i", str(path)]),
+        ("diagnose", ["--model", str(path)]),
+        ("diagnose", ["-f", str(logs), "--exp-id", "1"]),
+    ):
+        with pytest.raises(ValueError, match=r"Pendulum-v1.zip holds a model of TD3, not of MRQ\."):
+            run(script, ["--env", "Pendulum-v1", "--device", "cpu", *arguments])

@@ -2,6 +2,7 @@
 A copy of the replay buffer on a device, for sampling on the device.
 """
 
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -30,16 +31,19 @@ class DeviceCopy:
 
     def __init__(self, buffer: SubtrajectoryReplayBuffer, device: th.device):
         self.device = device
-        self._buffer = buffer
-        self._host = buffer.arrays()
-        for name, array in self._host.items():
+        # Weak references, so that the memory is freed if the model drops the buffer
+        self._buffer = weakref.proxy(buffer)
+        weakref.finalize(buffer, self.close).atexit = False
+        host = buffer.arrays()
+        self._copied = {name: weakref.ref(array) for name, array in host.items()}
+        for name, array in host.items():
             if array.dtype.kind == "u" and array.dtype.itemsize > 1:
                 raise CaptureError(f"The dtype {array.dtype} of {name} is not supported on a device.")
-        self._n_slots = len(self._host["rewards"])
+        self._n_slots = len(host["rewards"])
         # Additional slot, after the last slot and the frame of zeros, to which the padding of a chunk is written
         self._padding_slot = self._n_slots + 1
         self.priorities = buffer.priorities_class(self._padding_slot + 1, device)
-        arrays = {name: self._upload(array, self.priorities.arrays().get(name)) for name, array in self._host.items()}
+        arrays = {name: self._upload(array, self.priorities.arrays().get(name)) for name, array in host.items()}
         self.slots = Slots(arrays, buffer.observation_shapes(), buffer.buffer_size, buffer.n_envs)
         self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
         self.priorities.advance(buffer.n_added)
@@ -65,7 +69,8 @@ class DeviceCopy:
         """Free the memory on the device, even if graphs still refer to this object."""
         self.slots.arrays.clear()
         self.write = self._write_staged
-        del self.priorities, self._staging
+        for name in ("priorities", "_staging"):
+            vars(self).pop(name, None)
 
     @staticmethod
     def size_of(buffer: SubtrajectoryReplayBuffer) -> int:
@@ -99,9 +104,10 @@ class DeviceCopy:
         :return: whether this is a copy of the current arrays of this buffer
         """
         arrays = buffer.arrays()
-        # By address: some are views that are made anew
-        return arrays.keys() == self._host.keys() and all(
-            arrays[name].ctypes.data == array.ctypes.data for name, array in self._host.items()
+        return arrays.keys() == self._copied.keys() and all(
+            # The arrays of the priorities are views, made anew for each call
+            arrays[name] is copied() or name in self.priorities.arrays()
+            for name, copied in self._copied.items()
         )
 
     def mark(self, slots: np.ndarray, activated: bool = False) -> None:
@@ -128,6 +134,7 @@ class DeviceCopy:
         changes = np.where(self._buffer.sampleable(slots), np.where(activated, MAX, KEEP), ZERO)
         self._marked.clear()
         self._activated.clear()
+        host = self._buffer.arrays()
         self.priorities.advance(self._buffer.n_added)
         for start in range(0, len(slots), self._n_staged):
             chunk = slots[start : start + self._n_staged]
@@ -137,7 +144,7 @@ class DeviceCopy:
             staged["slots"][n:] = self._padding_slot
             staged["priorities"][:n] = changes[start : start + n]
             staged["priorities"][n:] = ZERO
-            for name, array in self._host.items():
+            for name, array in host.items():
                 np.take(array, chunk, axis=0, out=staged[name][:n])
             self._staging.send()
             try:

@@ -4,6 +4,7 @@ Updates and actions, computed with the replay buffer on the host, or on a device
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -72,7 +73,8 @@ class Updates:
         for name in NETWORKS:
             both = [getattr(learner, name), getattr(learner, f"{name}_target")]
             self._weights[name] = [tensor for network in both for tensor in (*network.parameters(), *network.buffers())]
-        self.replay_buffer: SubtrajectoryReplayBuffer
+        # A weak reference, so that the memory is freed if the model drops the buffer
+        self._replay_buffer: weakref.ref[SubtrajectoryReplayBuffer]
         self.batch_size = 0
         self._vec_normalize: VecNormalize | None = None
         self._copy: DeviceCopy | None = None
@@ -131,7 +133,8 @@ class Updates:
         :param vec_normalize: VecNormalize to normalize observations and rewards with
         """
         changed = batch_size != self.batch_size
-        self.replay_buffer, self.batch_size, self._vec_normalize = replay_buffer, batch_size, vec_normalize
+        self._replay_buffer = weakref.ref(replay_buffer)
+        self.batch_size, self._vec_normalize = batch_size, vec_normalize
         if not self.may_capture:
             return
         try:
@@ -150,6 +153,13 @@ class Updates:
             self._copy.flush()
         except (CaptureError, TypeError, th.OutOfMemoryError) as error:
             self._disable_capturing(error, warn=self.capture is True)
+
+    @property
+    def replay_buffer(self) -> SubtrajectoryReplayBuffer:
+        """Replay buffer that was passed to ``prepare``."""
+        replay_buffer = self._replay_buffer()
+        assert replay_buffer is not None, "The replay buffer is gone"
+        return replay_buffer
 
     def _update_copy(self, batch_size_changed: bool) -> None:
         """Copy the replay buffer to the device, unless there is a current copy."""
@@ -246,6 +256,53 @@ class Updates:
         return updates
 
     # Updates and actions
+
+    def rehearse(
+        self, replay_buffer: SubtrajectoryReplayBuffer | None, observation: Any, batch_size: int, vec_normalize: Any = None
+    ) -> None:
+        """
+        Act and do one update of each kind with copies, to raise errors before the warm-up instead of after it. Weights,
+        optimisers, replay buffer and random generators do not change. Nothing is done if the replay buffer holds transitions.
+
+        :param replay_buffer: the replay buffer
+        :param observation: of all environments, normalised, (n_envs, ...) or a dict of these
+        :param batch_size: Minibatch size for each gradient update
+        :param vec_normalize: VecNormalize to normalize observations and rewards of the buffer with, or None
+        :raises ValueError: if acting or an update fails
+        """
+        if replay_buffer is None or replay_buffer.size() > 0:
+            return
+        if any(hasattr(type(original), name) for original in (self.learner, replay_buffer) for name in vars(original)):
+            # A method that was replaced on the object, for example by a profiler, may act on the original
+            return
+        n_envs = replay_buffer.n_envs
+        numpy_state = np.random.get_state()
+        try:
+            with th.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                try:
+                    learner = deepcopy(self.learner)
+                    buffer = deepcopy(replay_buffer).empty_copy(replay_buffer.lookahead + 2)
+                    stored = observation if vec_normalize is None else vec_normalize.get_original_obs()
+                    action = learner.actions.decode(th.zeros(n_envs, learner.actions.dim)).numpy()
+                    for step in range(buffer.lookahead):
+                        done = np.full(n_envs, step == buffer.lookahead - 1)
+                        buffer.add(stored, stored, action, np.zeros(n_envs), done, [{} for _ in range(n_envs)])
+                except Exception:
+                    # A custom policy may not support copying, and a custom buffer may need other infos
+                    return
+                learner.policy.set_training_mode(False)
+                learner.policy.explore(learner.policy.obs_to_tensor(observation)[0], 0.0)
+                learner.policy.set_training_mode(True)
+                learner.update_encoder(buffer.sample(min(batch_size, 2), vec_normalize))
+                learner.update_value_and_policy(buffer.sample_n_step(min(batch_size, 2), vec_normalize))
+        except Exception as error:
+            raise ValueError(
+                f"Training would fail after the warm-up: a trial of it raised {type(error).__name__}: {error}. Check the "
+                "custom classes in policy_kwargs and other arguments: a features extractor must return (batch, features_dim), "
+                "and an optimizer must work without a closure."
+            ) from error
+        finally:
+            np.random.set_state(numpy_state)
 
     def encoder(self) -> None:
         """Do one encoder update with a new batch."""

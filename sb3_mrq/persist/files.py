@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 # Prefix of names of incomplete files and folders
 TEMPORARY = ".tmp-"
@@ -46,14 +47,17 @@ def sync_file(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     Write a file under a temporary name in the same folder, and rename it when it is complete and on the disk. After an error,
-    an existing file is unchanged. The temporary file of a killed process is overwritten the next time.
+    an existing file is unchanged. Each call has its own temporary name, so several processes may write the same file, and the
+    last one to finish wins. A killed process leaves its temporary file behind.
 
-    :param path: the file
+    :param path: the file; a symbolic link is followed
     :return: context manager that returns the file object to write to
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    # The link itself would be replaced
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid4().hex[:8]}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

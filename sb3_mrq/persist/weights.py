@@ -13,6 +13,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_mrq.persist.files import atomic_file
+from sb3_mrq.persist.models import check_saved_model
 from sb3_mrq.persist.spaces import describe_space, show_space
 
 FORMAT = "sb3-mrq weights 1"
@@ -111,6 +112,7 @@ def add_reward_scales(model: Any, given: str | dict[str, Any], device: th.device
     :return: the parameters; missing reward scales of the policy are taken from ``reward_scales`` or the model
     """
     if not isinstance(given, dict):
+        check_saved_model(given, model.algorithm_name)
         given = load_from_zip_file(given, device=device, load_data=False)[1]
     parameters: dict[str, Any] = dict(given)
     scales = parameters.pop("reward_scales", {})

@@ -4,6 +4,7 @@ The script ``diagnose``: a report on a model in a log folder of rl-zoo3's ``trai
 
 import argparse
 import importlib
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.zoo.configuration import ALGORITHMS, ConfigurationError
 
 
+def _absolute_path(text: str) -> Path:
+    """Make a path independent of the working directory, which environments may change."""
+    return Path(text).absolute()
+
+
 def parse_arguments() -> argparse.Namespace:
     """
     :return: arguments of the command line, named as in rl-zoo3's ``enjoy`` if they select a model
@@ -30,14 +36,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Report on what a trained model has learned: figures, numbers and one page.")
     parser.add_argument("--env", help="environment ID", type=EnvironmentName, required=True)
     parser.add_argument("--algo", help="RL Algorithm", choices=list(ALGORITHMS), default="mrq")
-    parser.add_argument("-f", "--folder", help="Log folder (default: %(default)s)", default="logs")
+    parser.add_argument("-f", "--folder", help="Log folder (default: %(default)s)", default="logs", type=os.path.abspath)
     parser.add_argument("--exp-id", help="Experiment ID (default: 0: latest, -1: no exp folder)", default=0, type=int)
     parser.add_argument("--load-best", action="store_true", help="Load best model instead of last model if available")
     parser.add_argument("--load-checkpoint", type=int, help="Load the checkpoint of this number of timesteps")
     parser.add_argument("--load-last-checkpoint", action="store_true", help="Load last checkpoint instead of last model")
-    parser.add_argument("--model", type=Path, help="Saved model to load, instead of one in the log folder")
-    parser.add_argument("--vec-normalize", type=Path, help="Saved VecNormalize statistics for --model")
-    parser.add_argument("-o", "--output", type=Path, help="Folder for the report (default: diagnosis, next to the model)")
+    parser.add_argument("--model", type=_absolute_path, help="Saved model to load, instead of one in the log folder")
+    parser.add_argument("--vec-normalize", type=_absolute_path, help="Saved VecNormalize statistics for --model")
+    parser.add_argument(
+        "-o", "--output", type=_absolute_path, help="Folder for the report (default: diagnosis, next to the model)"
+    )
     parser.add_argument("-n", "--n-episodes", help="Number of episodes (default: %(default)s)", default=20, type=int)
     parser.add_argument(
         "--max-steps", help="Maximum number of steps in total (default: %(default)s)", default=20_000, type=int

@@ -3,6 +3,7 @@ rl-zoo3's experiment manager with support for ``mrq`` and ``drq``.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class MRQExperimentManager(ExperimentManager):
     - uses the configuration of this package by default,
     - rejects unknown hyperparameters and corrupt configurations, with their location in the message,
     - supports schedules of ``encoder_learning_rate``,
+    - makes paths absolute, as environments may change the working directory,
     - writes the checkpoints of a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` to the folder of the run,
     - resumes a run if ``--trained-agent`` is a checkpoint,
     - collects no further random transitions when training continues with a replay buffer.
@@ -92,7 +94,15 @@ class MRQExperimentManager(ExperimentManager):
     ):
         if algo in ALGORITHMS:
             config = config or str(default_configuration(algo))
+            log_folder = os.path.abspath(log_folder)
         super().__init__(args, algo, env_id, log_folder, *others, config=config, **kwargs)  # type: ignore[misc]
+        self._start_folder = os.getcwd()
+        if algo in ALGORITHMS:
+            for name in ("trained_agent", "optimization_log_path", "storage"):
+                path = getattr(self, name)
+                # The storage may be a URL
+                if path and "://" not in path:
+                    setattr(self, name, os.path.abspath(path))
         self._resumed: MRQ | None = None
         # From the command line, ignored if not positive
         self._n_timesteps_given = self.n_timesteps
@@ -186,6 +196,8 @@ class MRQExperimentManager(ExperimentManager):
         if not isinstance(model, MRQ):
             super().learn(model)
             return
+        # Made after the environments
+        model.start_folder = self._start_folder
         if model is self._resumed:
             self._learn(model, _Resumed(model, self._n_timesteps_given))
             return

@@ -1,0 +1,79 @@
+"""
+Action noise passed by the user, which replaces the built-in exploration noise.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
+
+
+def fit_noise(noise: np.ndarray, n_envs: int, action_shape: tuple[int, ...]) -> np.ndarray:
+    """
+    :param noise: noise of each environment, (n_envs, ...)
+    :param n_envs: number of environments
+    :param action_shape: shape of one action
+    :return: the noise in the shape of the actions, broadcast if it has fewer numbers, (n_envs, *action_shape)
+    :raises ValueError: if it does not fit
+    """
+    if noise.size == n_envs * np.prod(action_shape):
+        return noise.reshape(n_envs, *action_shape)
+    missing = 1 + len(action_shape) - noise.ndim
+    return np.broadcast_to(noise.reshape(n_envs, *missing * [1], *noise.shape[1:]), (n_envs, *action_shape))
+
+
+def sample_noise(action_noise: ActionNoise, n_envs: int, action_shape: tuple[int, ...]) -> np.ndarray:
+    """
+    :param action_noise: the noise, a ``VectorizedActionNoise`` if there are several environments
+    :param n_envs: number of environments
+    :param action_shape: shape of one action
+    :return: noise in the shape of the actions, (n_envs, *action_shape)
+    """
+    noise = np.asarray(action_noise())
+    return fit_noise(noise if isinstance(action_noise, VectorizedActionNoise) else noise[None], n_envs, action_shape)
+
+
+def check_action_noise(action_noise: Any, action_space: spaces.Space, n_envs: int) -> None:
+    """
+    :param action_noise: the noise, or None
+    :param action_space: the action space
+    :param n_envs: number of environments
+    :raises ValueError: if this noise cannot be added to actions
+    """
+    if action_noise is None:
+        return
+    if not callable(action_noise):
+        raise ValueError(
+            f"action_noise is {action_noise!r}, but must be an ActionNoise such as NormalActionNoise, or None. The size of "
+            "the built-in noise is exploration_noise."
+        )
+    if not isinstance(action_space, spaces.Box):
+        raise ValueError(
+            f"action_noise is for Box actions, not {action_space}: leave it out and set exploration_noise instead."
+        )
+    if isinstance(action_noise, VectorizedActionNoise):
+        if action_noise.n_envs != n_envs:
+            raise ValueError(
+                f"action_noise is a VectorizedActionNoise for {action_noise.n_envs} environments, but there are {n_envs}: set "
+                "action_noise to its base_noise, of which each environment gets a copy."
+            )
+    else:
+        n_envs = 1
+    remedy = f"Give it mean and sigma as arrays of one number, or of the shape of the actions, {action_space.shape}."
+    generator = np.random.get_state()
+    try:
+        # A copy, as noise may have a state
+        sample = np.asarray(deepcopy(action_noise)())
+    except Exception as error:
+        raise ValueError(
+            f"action_noise {action_noise} cannot be sampled: {type(error).__name__}: {error}. {remedy}"
+        ) from error
+    finally:
+        np.random.set_state(generator)
+    noise = sample if isinstance(action_noise, VectorizedActionNoise) else sample[None]
+    try:
+        fit_noise(noise, n_envs, action_space.shape)
+    except ValueError:
+        raise ValueError(f"action_noise gives noise of the shape {noise.shape[1:]}, which does not fit. {remedy}") from None

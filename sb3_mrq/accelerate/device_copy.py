@@ -35,7 +35,6 @@ class DeviceCopy:
         self._buffer = weakref.proxy(buffer)
         weakref.finalize(buffer, self.close).atexit = False
         host = buffer.arrays()
-        self._copied = {name: weakref.ref(array) for name, array in host.items()}
         for name, array in host.items():
             if array.dtype.kind == "u" and array.dtype.itemsize > 1:
                 raise CaptureError(f"The dtype {array.dtype} of {name} is not supported on a device.")
@@ -43,6 +42,8 @@ class DeviceCopy:
         # Additional slot, after the last slot and the frame of zeros, to which the padding of a chunk is written
         self._padding_slot = self._n_slots + 1
         self.priorities = buffer.priorities_class(self._padding_slot + 1, device)
+        # The arrays of the priorities are views, made anew for each call
+        self._copied = {name: weakref.ref(array) for name, array in host.items() if name not in self.priorities.arrays()}
         arrays = {name: self._upload(array, self.priorities.arrays().get(name)) for name, array in host.items()}
         self.slots = Slots(arrays, buffer.observation_shapes(), buffer.buffer_size, buffer.n_envs)
         self.max_priority = th.full((), buffer.max_priority, dtype=th.float64, device=device)
@@ -104,11 +105,7 @@ class DeviceCopy:
         :return: whether this is a copy of the current arrays of this buffer
         """
         arrays = buffer.arrays()
-        return arrays.keys() == self._copied.keys() and all(
-            # The arrays of the priorities are views, made anew for each call
-            arrays[name] is copied() or name in self.priorities.arrays()
-            for name, copied in self._copied.items()
-        )
+        return all(name in arrays and arrays[name] is copied() for name, copied in self._copied.items())
 
     def mark(self, slots: np.ndarray, activated: bool = False) -> None:
         """

@@ -16,6 +16,7 @@ import gymnasium as gym
 
 from sb3_mrq.envs.atari import AtariWrapper
 from sb3_mrq.envs.wrappers import ActionRepeat
+from sb3_mrq.vec_env import CopyObservation, GymnasiumVecEnv
 
 __all__ = [
     "ATARI_GAMES",
@@ -25,6 +26,8 @@ __all__ = [
     "GYM_LOCOMOTION",
     "ActionRepeat",
     "AtariWrapper",
+    "CopyObservation",
+    "GymnasiumVecEnv",
 ]
 
 # Agent steps per episode of the DeepMind Control suite: 1000 control steps, with every action repeated twice

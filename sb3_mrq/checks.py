@@ -80,15 +80,15 @@ def to_array(value: Any, name: str, key: Any = None) -> np.ndarray:
     :raises BadValueError: if it cannot be an array of numbers
     """
     try:
-        array = np.array(value.detach().cpu().numpy() if isinstance(value, th.Tensor) else value)
-        are_numbers = array.dtype.kind in "biuf"
+        is_tensor = not isinstance(value, np.ndarray) and isinstance(value, th.Tensor)
+        array = np.array(value.detach().cpu().numpy() if is_tensor else value)
+        if array.dtype.kind in "biuf":
+            return array
     except (TypeError, ValueError, RuntimeError):
         # Lists of different lengths, tensors of a type that NumPy lacks
-        are_numbers = False
-    if not are_numbers:
-        kind = value.dtype if isinstance(value, (np.ndarray, th.Tensor)) else type(value).__name__
-        raise BadValueError(f"The environments gave {name}s of the type {kind}{_where(key)}, which are not arrays of numbers")
-    return array
+        pass
+    kind = value.dtype if isinstance(value, (np.ndarray, th.Tensor)) else type(value).__name__
+    raise BadValueError(f"The environments gave {name}s of the type {kind}{_where(key)}, which are not arrays of numbers")
 
 
 def copy_observation(obs: Any, space: spaces.Space) -> Any:

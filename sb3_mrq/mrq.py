@@ -43,7 +43,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     The default hyperparameters are the ones of the paper, for all tasks: continuous and discrete actions, vectors and images.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
-    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param env: The environment to learn from (if registered in Gym, can be str), also one of ``gymnasium.make_vec``
     :param learning_rate: learning rate of value heads and policy,
         it can be a function of the current progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots, the last one

@@ -8,8 +8,8 @@ Importing this package registers
 - ``ALE/<Game>-v5``, if ale-py is installed. They are not preprocessed: wrap them in :class:`AtariWrapper`.
 
 Gym's locomotion tasks need no preprocessing. Only gymnasium and ale-py are imported before an environment is made.
-``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` imports the package automatically, also in the processes of a
-``SubprocVecEnv``.
+``MRQ("MlpPolicy", "dmc/walker-walk-v0")`` and ``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` import the package themselves,
+the latter also in the processes of a ``SubprocVecEnv``.
 """
 
 import gymnasium as gym

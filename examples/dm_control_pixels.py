@@ -8,12 +8,11 @@ import os
 
 import gymnasium as gym
 
-import sb3_mrq.envs  # noqa: F401 registers dmc/... and dmc-visual/...
 from sb3_mrq import MRQ
 
 STEPS = int(os.environ.get("EXAMPLE_STEPS", "500000"))
 
-env = gym.make("dmc-visual/cartpole-swingup-v0")
+env = gym.make("sb3_mrq.envs:dmc-visual/cartpole-swingup-v0")
 print(f"observations {env.observation_space}, actions {env.action_space}")
 model = MRQ("CnnPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
 model.learn(STEPS)

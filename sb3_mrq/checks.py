@@ -2,9 +2,12 @@
 Checks of what environments return: numbers, in the shape of the space, not too large for float32.
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.preprocessing import get_obs_shape
@@ -66,6 +69,61 @@ def subspaces_of(space: spaces.Space) -> dict[Any, spaces.Space]:
 
 def _where(key: Any) -> str:
     return "" if key is None else f" under {key!r}"
+
+
+def to_array(value: Any, name: str, key: Any = None) -> np.ndarray:
+    """
+    :param value: what the environments gave, (n_envs, ...): an array, a tensor, or a list of numbers, arrays or tensors
+    :param name: what it is
+    :param key: of an observation that is a dict
+    :return: a copy as an array, which the environments cannot write to
+    :raises BadValueError: if it cannot be an array of numbers
+    """
+    try:
+        is_tensor = not isinstance(value, np.ndarray) and isinstance(value, th.Tensor)
+        array = np.array(value.detach().cpu().numpy() if is_tensor else value)
+        if array.dtype.kind in "biuf":
+            return array
+    except (TypeError, ValueError, RuntimeError):
+        # Lists of different lengths, tensors of a type that NumPy lacks
+        pass
+    kind = value.dtype if isinstance(value, (np.ndarray, th.Tensor)) else type(value).__name__
+    raise BadValueError(f"The environments gave {name}s of the type {kind}{_where(key)}, which are not arrays of numbers")
+
+
+def copy_observation(obs: Any, space: spaces.Space) -> Any:
+    """
+    :param obs: of all environments, see ``to_array``, or a dict of these
+    :param space: the observation space
+    :return: a copy as arrays, which the environments cannot write to
+    :raises BadValueError: if it cannot be that
+    """
+    if not isinstance(space, spaces.Dict):
+        return to_array(obs, "observation")
+    if not isinstance(obs, Mapping) or not space.spaces.keys() <= obs.keys():
+        given = f"the keys {', '.join(map(repr, obs))}" if isinstance(obs, Mapping) else f"the type {type(obs).__name__}"
+        raise BadValueError(f"The environments gave observations of {given}, not a dict with {', '.join(map(repr, space))}")
+    return {key: to_array(obs[key], "observation", key) for key in space.spaces}
+
+
+def copy_first_observation(obs: Any, space: spaces.Space, step: int) -> Any:
+    """
+    :param obs: what ``reset`` of the environments returned
+    :param space: the observation space
+    :param step: of the model
+    :return: a copy as arrays, which the environments cannot write to
+    :raises BadValueError: if it cannot be that
+    :raises TypeError: if ``reset`` also returned infos
+    """
+    if isinstance(obs, tuple) and len(obs) == 2 and isinstance(obs[1], (dict, list)):
+        raise TypeError(
+            "The VecEnv returned a tuple (observations, infos) from reset, as environments of gymnasium do. A VecEnv of "
+            "Stable-Baselines3 returns the observations alone, and keeps the infos in its attribute reset_infos."
+        )
+    try:
+        return copy_observation(obs, space)
+    except BadValueError as error:
+        raise type(error)(error.fault, step) from None
 
 
 def check_type(value: np.ndarray, name: str, key: Any = None) -> None:
@@ -152,6 +210,43 @@ class ObservationChecks:
                     index = tuple(np.argwhere(~valid)[0])
                     given = f"{value[index]}{_where(key)}"
                     raise BadValueError(f"Environment {index[0]} gave the {name} {given}, which is not in {part}")
+
+
+class FinalObservationChecks:
+    """
+    Warns if ``reset`` seems to write over the final observations: if those of several episodes in a row, all different, equal
+    the first observations after them.
+    """
+
+    N_EPISODES = 3
+
+    def __init__(self) -> None:
+        # First observations that equal the final ones before them, None once it is known that these are copies, or not
+        self._suspicious: set[bytes] | None = set()
+
+    def compare(self, final_obs: Any, obs: Any, i: int) -> None:
+        """
+        :param final_obs: final observation of an episode, or a dict of parts
+        :param obs: of all environments, with the first one of the next episode, (n_envs, ...) or a dict of these
+        :param i: index of the environment
+        """
+        if self._suspicious is None:
+            return
+        pairs = [(obs[key][i], final_obs[key]) for key in obs] if isinstance(obs, dict) else [(obs[i], final_obs)]
+        if any((first != np.asarray(final).astype(first.dtype).reshape(first.shape)).any() for first, final in pairs):
+            self._suspicious = None
+            return
+        self._suspicious.add(b"".join(first.tobytes() for first, _ in pairs))
+        if len(self._suspicious) == self.N_EPISODES:
+            self._suspicious = None
+            warnings.warn(
+                f"The final observations of {self.N_EPISODES} episodes equal the first ones of the next episodes. The "
+                "environment probably returns an array of its own, and its reset writes to that before the final observation "
+                "is stored. Make copies inside of the VecEnv by the wrapper sb3_mrq.envs.CopyObservation, as in "
+                "make_vec_env(env, wrapper_class=CopyObservation). If reset really goes on where the episode has ended, "
+                "ignore this warning.",
+                stacklevel=2,
+            )
 
 
 def check_vec_normalize(env: VecNormalize | None) -> None:

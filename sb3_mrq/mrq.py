@@ -5,9 +5,10 @@ MR.Q for Stable-Baselines3: hyperparameters, update schedule, logging, saving.
 import warnings
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -15,7 +16,6 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
@@ -43,7 +43,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     The default hyperparameters are the ones of the paper, for all tasks: continuous and discrete actions, vectors and images.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, ...)
-    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param env: The environment to learn from (if registered in Gym, can be str), also one of ``gymnasium.make_vec``
     :param learning_rate: learning rate of value heads and policy, or a function of the progress remaining (from 1 to 0)
     :param buffer_size: size of the replay buffer, over all environments. An episode of m steps takes m + 1 slots.
     :param learning_starts: how many uniformly random steps to do before learning starts, over all environments
@@ -119,7 +119,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     def __init__(
         self,
         policy: str | type[MRQPolicy],
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv | str,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,  # 1e6
         learning_starts: int = 10_000,
@@ -214,12 +214,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self._setup_model()
 
     @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        if isinstance(env, (gym.Env, VecEnv)):
-            # Raise errors for unsupported spaces early. Other kinds of environments are converted or rejected by SB3.
-            check_observation_space(env.observation_space)
-            make_actions(env.action_space)
-        return ResumableOffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+    def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        # Both raise errors for unsupported spaces, with the remedy
+        check_observation_space(observation_space)
+        make_actions(action_space)
 
     def _setup_model(self) -> None:
         # Replaces the method of OffPolicyAlgorithm, in which n_steps selects another replay buffer

@@ -9,9 +9,11 @@ import pathlib
 from copy import deepcopy
 from typing import Any, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.noise import ActionNoise
@@ -22,12 +24,23 @@ from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_v
 
 from sb3_mrq.action_noise import check_action_noise, sample_noise
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.checks import BadValueError, check_vec_normalize, count_env_steps, explain_dead_worker, subspaces_of
+from sb3_mrq.checks import (
+    BadValueError,
+    FinalObservationChecks,
+    check_vec_normalize,
+    copy_first_observation,
+    copy_observation,
+    count_env_steps,
+    explain_dead_worker,
+    subspaces_of,
+    to_array,
+)
 from sb3_mrq.hyperparameters import check_policy
 from sb3_mrq.persist.checkpoints import resume, set_generators
 from sb3_mrq.persist.models import check_saved_model
 from sb3_mrq.persist.replay_files import load_replay_buffer, save_replay_buffer
 from sb3_mrq.persist.stopping import StopSignals
+from sb3_mrq.vec_env import copy_observations_of, from_vector_env, make_env
 
 SelfResumable = TypeVar("SelfResumable", bound="ResumableOffPolicyAlgorithm")
 
@@ -59,12 +72,12 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     # Clean-up registered by callbacks, run when ``learn`` returns or raises
     learn_exit_stack: contextlib.ExitStack
 
-    def __init__(self, policy: Any, *args: Any, **kwargs: Any):
+    def __init__(self, policy: Any, env: GymEnv | VectorEnv | str | None, *args: Any, **kwargs: Any):
         check_policy(policy, type(self))
         # A relative ``tensorboard_log`` refers to this folder. Environments may change the working directory. The attribute
         # itself stays relative, as it is saved with the model, which may be loaded on another machine.
         self.start_folder = os.getcwd()
-        super().__init__(policy, *args, **kwargs)
+        super().__init__(policy, make_env(env, kwargs.get("verbose", 0)), *args, **kwargs)
         self.algorithm = self.algorithm_name
         if self.env is not None:
             check_action_noise(self.action_noise, self.action_space, self.n_envs)
@@ -81,10 +94,28 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.stop_signals = StopSignals()
         # Number of steps of each environment at the end of ``learn``, None if unknown
         self._env_steps: list[int] | None = None
+        self.final_checks = FinalObservationChecks()
 
     @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+    def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        """
+        Called before environments are wrapped; a subclass raises its errors here.
+
+        :param observation_space: Observation space
+        :param action_space: Action space
+        :raises ValueError: if a space is not supported
+        """
+
+    @classmethod
+    def _wrap_env(cls, env: GymEnv | VectorEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        if isinstance(env, VectorEnv):
+            env = from_vector_env(env, verbose, monitor_wrapper)
+        if isinstance(env, (gym.Env, VecEnv)):
+            # Other kinds of environments are converted or rejected by SB3
+            cls.check_spaces(env.observation_space, env.action_space)
         wrapped = OffPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+        if not isinstance(env, VecEnv):
+            wrapped = OffPolicyAlgorithm._wrap_env(copy_observations_of(wrapped))
         vec_normalize = unwrap_vec_normalize(wrapped)
         if isinstance(wrapped, VecTransposeImage) and vec_normalize is not None:
             # Its original and final observations would not be channel-first
@@ -183,11 +214,12 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise
         finally:
             self.tensorboard_log = tensorboard_log
-        obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
-        assert obs is not None
         try:
+            self._last_obs = copy_first_observation(self._last_obs, self.observation_space, self.num_timesteps)
+            obs = self._last_obs if self._vec_normalize_env is None else self._last_original_obs
+            assert obs is not None
             self._check_observations(obs)
-        except BadValueError:
+        except (BadValueError, TypeError):
             self._last_obs = None
             raise
         if self.resumed_generators is not None:
@@ -251,14 +283,15 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         if self.num_timesteps < learning_starts:
             # Warmup phase
             action = np.array([self.action_space.sample() for _ in range(n_envs)])
-            return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action
+            # Environments may write to the action that they are given
+            return action, self.policy.scale_action(action) if isinstance(self.action_space, spaces.Box) else action.copy()
 
         assert self._last_obs is not None, "self._last_obs was not set"
         buffer_action = self._explore(self._last_obs, with_noise=action_noise is None)
         buffer_action = buffer_action.reshape(n_envs, *self.action_space.shape)  # type: ignore[misc]
         if not isinstance(self.action_space, spaces.Box):
             buffer_action = buffer_action.astype(self.action_space.dtype)
-            return buffer_action, buffer_action
+            return buffer_action, buffer_action.copy()
         if action_noise is not None:
             noise = sample_noise(action_noise, n_envs, self.action_space.shape)
             buffer_action = np.clip(buffer_action + noise, -1, 1).astype(np.float32)
@@ -276,21 +309,33 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         # As in OffPolicyAlgorithm, except for final observations
-        if self._vec_normalize_env is None:
-            self._last_original_obs, original_obs, original_reward = self._last_obs, new_obs, reward
-        else:
-            original_obs = self._vec_normalize_env.get_original_obs()
-            original_reward = self._vec_normalize_env.get_original_reward()
-        next_obs = deepcopy(original_obs)
-        if dones.any():
-            # The first observation of the next episode is used for acting before the buffer checks it
-            self._check_observations(original_obs)
         try:
-            for i, info in enumerate(infos):
-                if dones[i]:
-                    self._set_final_observation(next_obs, i, info)
+            # Copies, as environments may write to their arrays in the next step
+            new_obs = copy_observation(new_obs, self.observation_space)
+            dones = to_array(dones, "done").astype(bool)
+            if self._vec_normalize_env is None:
+                self._last_original_obs, original_obs, original_reward = self._last_obs, new_obs, reward
+            else:
+                original_obs = self._vec_normalize_env.get_original_obs()
+                original_reward = self._vec_normalize_env.get_original_reward()
+            next_obs = original_obs
+            # The buffer rejects other shapes
+            if dones.shape == (self.n_envs,) and dones.any():
+                # The first observation of the next episode is used for acting before the buffer checks it
+                self._check_observations(original_obs)
+                next_obs = deepcopy(original_obs)
+                for i in np.flatnonzero(dones).tolist():
+                    self._set_final_observation(next_obs, i, infos[i])
+                    self.final_checks.compare(infos[i]["terminal_observation"], new_obs, i)
             last_obs: Any = self._last_original_obs
-            replay_buffer.add(last_obs, next_obs, buffer_action, original_reward, dones, infos)  # type: ignore[arg-type]
+            replay_buffer.add(
+                last_obs,
+                next_obs,  # type: ignore[arg-type]
+                buffer_action,
+                to_array(original_reward, "reward"),
+                dones,
+                infos,
+            )
         except BadValueError as error:
             raise type(error)(error.fault, self.num_timesteps) from None
         self._last_obs = new_obs
@@ -312,7 +357,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             final_obs = self._vec_normalize_env.unnormalize_obs(final_obs)
         for key, space in subspaces_of(self.observation_space).items():
             rows: Any = next_obs if key is None else next_obs[key]
-            value = np.asarray(final_obs if key is None else final_obs[key])
+            given = final_obs if key is None else final_obs[key]
+            value = np.asarray(given.detach().cpu() if isinstance(given, th.Tensor) else given)
             if value.size != rows[i].size or value.dtype.kind not in "biuf":
                 form = f"of the type {value.dtype} and the shape {value.shape}"
                 raise BadValueError(f"Environment {i} gave a final observation {form}, which is not in {space}")
@@ -334,6 +380,17 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             self.replay_buffer.checks.check(obs)
         except BadValueError as error:
             raise type(error)(error.fault, self.num_timesteps) from None
+
+    def set_env(self, env: GymEnv | VectorEnv, force_reset: bool = True) -> None:
+        """
+        Checks the validity of the environment, and if it is coherent, set it as the current environment, see
+        ``BaseAlgorithm.set_env``.
+
+        :param env: The environment for learning a policy
+        :param force_reset: Force call to ``reset()`` before training
+        """
+        self.final_checks = FinalObservationChecks()
+        super().set_env(env, force_reset)  # type: ignore[arg-type]
 
     def _count_env_steps(self) -> list[int] | None:
         return None if self.env is None or self._last_obs is None else count_env_steps(self.env)
@@ -372,7 +429,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     def resume(
         cls: type[SelfResumable],
         folder: str | pathlib.Path,
-        env: GymEnv | str,
+        env: GymEnv | VectorEnv | str,
         device: th.device | str = "auto",
         name_prefix: str = "mrq",
         **kwargs: Any,
@@ -403,7 +460,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: if no checkpoint can be used, or if the environment does not match
         """
         # The folder first: making an environment may change the working directory
-        return resume(cls, pathlib.Path(folder).absolute(), env, device, name_prefix, **kwargs)
+        folder = pathlib.Path(folder).absolute()
+        return resume(cls, folder, make_env(env), device, name_prefix, **kwargs)
 
     # Files
 
@@ -467,5 +525,6 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             "stop_signals",
             "learn_exit_stack",
             "_env_steps",
+            "final_checks",
         ]
         return [*super()._excluded_save_params(), *process_state]

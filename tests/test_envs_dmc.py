@@ -13,12 +13,16 @@ from importlib.util import find_spec
 import gymnasium as gym
 import numpy as np
 import pytest
+from envs import tiny_model
 from gymnasium.utils.env_checker import check_env as gym_check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
+from sb3_mrq import MRQ
+from sb3_mrq.diagnostics.episodes import wrap_env
 from sb3_mrq.envs import DMC_TASKS, DMC_VISUAL_TASKS
+from sb3_mrq.persist.checkpoints import write_checkpoint
 
 suite = pytest.importorskip("dm_control.suite")
 from dm_control.rl.control import PhysicsError  # noqa: E402
@@ -297,3 +301,34 @@ def test_vectorised():
     finally:
         other.close()
         env.close()
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    """As before sb3_mrq.envs is imported."""
+    for env_id in (*DMC_TASKS, *DMC_VISUAL_TASKS):
+        monkeypatch.delitem(gym.registry, env_id)
+    monkeypatch.delitem(sys.modules, "sb3_mrq.envs")
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_model_registers_the_id_that_it_is_given():
+    with pytest.raises(gym.error.NamespaceNotFound):
+        gym.make("dmc/cartpole-balance-v0")
+    model = tiny_model("dmc/cartpole-balance-v0")
+    model.learn(5, log_interval=None)
+    assert model.replay_buffer.size() == 5
+
+
+def test_resuming_and_diagnosing_register_the_id(request, tmp_path):
+    model = tiny_model("dmc/cartpole-balance-v0")
+    model.learn(5)
+    path = write_checkpoint(model, tmp_path)
+    request.getfixturevalue("unregistered")
+    assert MRQ.resume(path, "dmc/cartpole-balance-v0", device="cpu").num_timesteps == 5
+    wrap_env(model, "dmc/cartpole-balance-v0")
+
+
+def test_id_that_is_not_there():
+    with pytest.raises(gym.error.NameNotFound, match=r"BENCHMARK_TASKS.*SubprocVecEnv.*sb3_mrq.envs:dmc/walker-walk-v0"):
+        tiny_model("dmc/cartpole-stand-v0")

@@ -22,7 +22,7 @@ from stable_baselines3 import TD3
 
 import sb3_mrq.zoo
 from sb3_mrq import MRQ
-from sb3_mrq.zoo.configuration import GIVEN_BY_ZOO, ConfigurationError, default_configuration
+from sb3_mrq.zoo.configuration import ALGORITHMS, GIVEN_BY_ZOO, ConfigurationError, default_configuration
 from sb3_mrq.zoo.exp_manager import MRQExperimentManager
 from sb3_mrq.zoo.scripts import _evaluation_arguments, _folder_names, _known_options, _our_command
 
@@ -65,13 +65,13 @@ class TestRegistration:
 
     def test_other_algorithms_keep_their_configuration(self, tmp_path):
         assert manager(tmp_path, algo="td3").config.endswith("rl_zoo3/hyperparams/td3.yml")
-        assert manager(tmp_path).config == str(default_configuration())
+        assert manager(tmp_path).config == str(default_configuration("mrq"))
 
 
-@pytest.fixture(scope="module")
-def sections():
-    """The configuration of the package."""
-    return yaml.safe_load(default_configuration().read_text())
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def sections(request):
+    """A configuration of the package."""
+    return yaml.safe_load(default_configuration(request.param).read_text())
 
 
 class TestConfiguration:

@@ -562,6 +562,7 @@ class SegmentStorage(ReplayBuffer):
             raise ValueError("A priority is negative or not finite.")
         if ((self._write_pos < 0) | (self._write_pos >= self.buffer_size) | (self._length < 0)).any():
             raise ValueError("A write position is outside the buffer, or the length of a segment is negative.")
+        self._priorities.advance(self.n_added)
         for first in range(0, len(priorities), self.CHUNK):
             if priorities[first : first + self.CHUNK].any():
                 self._priorities.rebuild(first, min(first + self.CHUNK, len(priorities)))

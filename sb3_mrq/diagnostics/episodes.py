@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -19,9 +18,10 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch.nn import functional as F
 
-from sb3_mrq.checks import DivergedError
+from sb3_mrq.checks import DivergedError, copy_observation
 from sb3_mrq.mrq import MRQ
 from sb3_mrq.observations import images_to_floats, map_observation
+from sb3_mrq.vec_env import make_env
 
 # Batch size of the encoder
 _CHUNK = 128
@@ -88,7 +88,7 @@ def wrap_env(model: MRQ, env: GymEnv | str) -> VecEnv:
     :return: the environment, wrapped for the model
     :raises ValueError: if its spaces do not match the model, or if it is not wrapped in ``VecNormalize`` as in training
     """
-    vec_env = model._wrap_env(gym.make(env) if isinstance(env, str) else env, monitor_wrapper=False)
+    vec_env = model._wrap_env(make_env(env), monitor_wrapper=False)
     check_for_correct_spaces(vec_env, model.observation_space, model.action_space)
     if model.get_vec_normalize_env() is not None and unwrap_vec_normalize(vec_env) is None:
         raise ValueError(
@@ -256,14 +256,15 @@ def play(
     n_steps = 0
 
     def at(obs: Any, i: int) -> Any:
-        # A copy: environments may overwrite their observations
+        # A copy, as a view would keep the observations of all environments
         return map_observation(lambda value: np.copy(value[i]), obs)
 
     with _normalization_of_training(model, env) as normalization:
         if seed is not None:
             env.seed(seed)
             th.manual_seed(seed)
-        obs: Any = env.reset()
+        # Copies: in the next step the environments may write to what they gave in this one
+        obs = copy_observation(env.reset(), model.observation_space)
         while True:
             running = [i for i in range(n_envs) if len(episodes[i]) < wanted[i]]
             if not running or n_steps >= max_steps:
@@ -282,7 +283,7 @@ def play(
                     terminated = not infos[i].get("TimeLimit.truncated", False)
                     episodes[i].append(recorder.finish(infos[i]["terminal_observation"], terminated))
                     recorders[i] = _Recorder(model)
-            obs = next_obs
+            obs = copy_observation(next_obs, model.observation_space)
         for i in range(n_envs):
             if len(episodes[i]) < wanted[i] and recorders[i].rewards:
                 episodes[i].append(recorders[i].finish(at(obs, i), terminated=False))

@@ -8,14 +8,15 @@ Importing this package registers
 - ``ALE/<Game>-v5``, if ale-py is installed. They are not preprocessed: wrap them in :class:`AtariWrapper`.
 
 Gym's locomotion tasks need no preprocessing. Only gymnasium and ale-py are imported before an environment is made.
-``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` imports the package automatically, also in the processes of a
-``SubprocVecEnv``.
+``MRQ("MlpPolicy", "dmc/walker-walk-v0")`` and ``gym.make("sb3_mrq.envs:dmc/walker-walk-v0")`` import the package themselves,
+the latter also in the processes of a ``SubprocVecEnv``.
 """
 
 import gymnasium as gym
 
 from sb3_mrq.envs.atari import AtariWrapper
 from sb3_mrq.envs.wrappers import ActionRepeat
+from sb3_mrq.vec_env import CopyObservation, GymnasiumVecEnv
 
 __all__ = [
     "ATARI_GAMES",
@@ -25,6 +26,8 @@ __all__ = [
     "GYM_LOCOMOTION",
     "ActionRepeat",
     "AtariWrapper",
+    "CopyObservation",
+    "GymnasiumVecEnv",
 ]
 
 # Agent steps per episode of the DeepMind Control suite: 1000 control steps, with every action repeated twice

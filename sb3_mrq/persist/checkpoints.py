@@ -23,11 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.persist.files import TEMPORARY, sync_file, sync_folder
@@ -294,7 +290,7 @@ def _check_files(path: Path) -> dict[str, Any]:
 def resume(
     model_class: type[Any],
     folder: str | Path,
-    env: GymEnv | str,
+    env: Any,
     device: th.device | str = "auto",
     name_prefix: str = "mrq",
     **kwargs: Any,
@@ -310,7 +306,6 @@ def resume(
     folder = Path(folder)
     if folder.name == MODEL:
         folder = folder.parent
-    env = maybe_make_env(env, verbose=0)
     paths = [folder] if (folder / INFO).exists() else []
     if not paths and folder.is_dir():
         paths = [c.path for c in list_checkpoints(folder, name_prefix)]
@@ -334,7 +329,7 @@ def resume(
 
 
 def _resume_from(
-    model_class: type[Any], path: Path, info: dict[str, Any], env: GymEnv, device: th.device | str, **kwargs: Any
+    model_class: type[Any], path: Path, info: dict[str, Any], env: Any, device: th.device | str, **kwargs: Any
 ) -> Any:
     statistics, training = None, False
     if VEC_NORMALIZE in info["files"]:
@@ -342,8 +337,7 @@ def _resume_from(
             statistics = pickle.load(file)
         training = statistics.training
         if not isinstance(env, VecEnv):
-            single_env = env if is_wrapped(env, Monitor) else Monitor(env)
-            env = DummyVecEnv([lambda: single_env])
+            env = model_class._wrap_env(env)
         if unwrap_vec_normalize(env) is None:
             # VecNormalize replaces the spaces of the environment by its own, so they are compared here
             if statistics.action_space != env.action_space:

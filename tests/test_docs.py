@@ -45,7 +45,7 @@ def shorten(init=MRQ.__init__, learn=MRQ.learn):
     def short_init(self, *args, _init_setup_model=True, **kwargs):
         if _init_setup_model:
             kwargs |= dict(learning_starts={STEPS // 2}, batch_size=8, target_update_interval=2)
-            kwargs["policy_kwargs"] = small | kwargs.get("policy_kwargs", {{}})
+            kwargs["policy_kwargs"] = small | (kwargs.get("policy_kwargs") or {{}})
         init(self, *args, _init_setup_model=_init_setup_model, **kwargs)
 
     def short_learn(self, total_timesteps, *args, **kwargs):

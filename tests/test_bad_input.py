@@ -453,7 +453,7 @@ def test_policies_of_a_subclass(policy):
 
 def test_warning_if_nothing_will_be_learned():
     model = tiny_model(SpaceEnv(), learning_starts=20)
-    with pytest.warns(UserWarning, match="20 steps .*learning_starts=20"):
+    with pytest.warns(UserWarning, match="it ends at step 20, which is not above learning_starts=20"):
         model.learn(20)
     assert model._n_updates == 0
     with warnings.catch_warnings():

@@ -66,7 +66,7 @@ class PriorityTree:
     def weight(self, indices: th.Tensor) -> th.Tensor:
         """
         :param indices: (n,)
-        :return: what they are drawn in proportion to: their priorities, float64 (n,)
+        :return: weights that sampling is proportional to, which are the priorities here, float64 (n,)
         """
         return self.get(indices)
 
@@ -80,14 +80,14 @@ class PriorityTree:
         self._renew(indices)
 
     def _array(self, tensor: th.Tensor) -> Any:
-        """A tensor as what priorities are changed with: an array on the host, a tensor on a device."""
+        """The tensor as a NumPy array if the tree is on the host."""
         return tensor.numpy() if self.device is None else tensor
 
     def _arrays(self, tensors: list[th.Tensor]) -> list[Any]:
         return [self._array(tensor) for tensor in tensors]
 
     def _renew(self, indices: th.Tensor) -> None:
-        """Renew the sums above some indices, (n,)."""
+        """Recompute the sums above some indices, (n,)."""
         nodes = self._array(indices)
         for children, parents in pairwise(self._arrays(self.levels)):
             nodes = nodes // self.fan_out
@@ -131,7 +131,7 @@ class PriorityTree:
             position = th.rand(n, 1, dtype=th.float64, device=self.device)
         nodes = th.zeros(1, dtype=th.int64, device=self.device)
         for level in reversed(range(len(self.levels))):
-            # All draws begin at the one node of the last level
+            # All samples start at the single node of the last level
             cumulative = self._weights(level, nodes).cumsum(dim=1).expand(n, -1).contiguous()
             total = cumulative[:, -1:]
             mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
@@ -143,26 +143,25 @@ class PriorityTree:
             nodes = nodes * self.fan_out + child[:, 0]
         return nodes
 
-    # For trees whose weights depend on when a transition was stored
+    # Hooks for weights that depend on when a transition was stored
 
     def store(self, indices: np.ndarray, n_stored: int) -> np.ndarray | None:
         """
-        Note that transitions have been stored at some indices of a tree on the host.
+        Register transitions that have been stored at some indices. Only for a tree on the host.
 
-        :param indices: (n,), in the order of storing, not to be sampled yet
-        :param n_stored: transitions that were ever stored, with these
-        :return: indices whose weights have changed in another way than those of all others, (n,), or None
+        :param indices: indices in the order of storing, whose priorities are still zero, (n,)
+        :param n_stored: number of transitions stored so far, including these
+        :return: indices whose sums a copy of the tree must renew too, (n,), or None
         """
 
     def advance(self, n_stored: int) -> None:
         """
-        :param n_stored: transitions that were ever stored
+        :param n_stored: number of transitions stored so far
         """
 
     def arrays(self) -> dict[str, th.Tensor]:
         """
-        :return: what the tree knows of each index besides its priority, (capacity,) each, no copies. Call ``rebuild`` after
-            writing to them.
+        :return: further data of each index by name, (capacity,) each, not copies. Call ``rebuild`` after writing to them.
         """
         return {}
 
@@ -188,18 +187,18 @@ class FadedPriorityTree(PriorityTree):
     def __init__(self, capacity: int, device: th.device | None = None, *, fade: float, fade_min: float):
         super().__init__(capacity, device)
         self.fade = fade
-        # Sums of recent weights without their common factor; the sums in ``levels`` are those of old ones
+        # Sums of recent weights without their common factor. The sums in ``levels`` are sums of old weights.
         self.recent = [level.clone() for level in self.levels[1:]]
-        # How many transitions were ever stored with the one at an index, 0 if there is none
+        # Number of transitions stored up to and including the one at an index, 0 if there is none
         self._stored_at = self._zeros(len(self.levels[0]), np.int64)
-        # The age at which a transition is old. None is older than there are indices.
+        # Age from which a transition is old. No stored transition is older than the number of indices.
         old_age = math.ceil(math.log(fade_min) / math.log(fade)) if fade_min > 0 else capacity
         self.old_age = max(1, min(old_age, capacity))
-        # By age, the last one for all old ones
+        # Factor by age; the last one is for all old transitions
         self._fades = th.as_tensor(np.maximum(fade ** np.arange(self.old_age + 1.0), fade_min), device=device)
-        # Indices of the recent transitions, at the number of transitions stored with them modulo ``old_age``
+        # Ring of the indices of recent transitions, at their number modulo ``old_age``
         self._recent_indices: np.ndarray | None = None
-        # Transitions ever stored, now and when the common factor was 1
+        # Number of transitions stored so far, and at the time when the common factor was 1
         self._now: Any = 0 if device is None else th.zeros((), dtype=th.int64, device=device)
         self._reference = 0
         self._factor: Any = 1.0 if device is None else th.ones((), dtype=th.float64, device=device)

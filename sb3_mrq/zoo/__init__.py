@@ -1,7 +1,7 @@
 """
-MRQ as the algorithm ``mrq`` of rl-zoo3.
+MRQ and DRQ as the algorithms ``mrq`` and ``drq`` of rl-zoo3.
 
-Importing this package registers the algorithm with rl-zoo3's functions and classes. The command ``sb3-mrq <script>``, or
+Importing this package registers the algorithms with rl-zoo3's functions and classes. The command ``sb3-mrq <script>``, or
 ``python -m sb3_mrq.zoo <script>``, runs any script of rl-zoo3 with it.
 """
 

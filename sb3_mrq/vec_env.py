@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
-from gymnasium.wrappers.vector import DictInfoToList, NormalizeObservation, NormalizeReward
+from gymnasium.wrappers.vector import NormalizeObservation, NormalizeReward
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
@@ -105,14 +105,15 @@ class GymnasiumVecEnv(VecEnv):
 
     def __init__(self, env: VectorEnv):
         self._resets_in_same_step = _resets_in_same_step(env)
-        self.env: Any = env if isinstance(env, DictInfoToList) else DictInfoToList(env)
+        self.env: Any = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._actions: np.ndarray | None = None
 
     def reset(self) -> Any:
         if any(options != self._options[0] for options in self._options):
             raise ValueError("The environments of gymnasium's VectorEnv take the same options: pass one dict to set_options.")
-        obs, self.reset_infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
+        obs, infos = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
+        self.reset_infos = _split_infos(infos, self.num_envs)
         # Seeds and options are only used once
         self._reset_seeds()
         self._reset_options()
@@ -122,8 +123,9 @@ class GymnasiumVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> Any:
-        given, rewards, terminations, truncations, infos = self.env.step(self._actions)
+        given, rewards, terminations, truncations, given_infos = self.env.step(self._actions)
         obs: Any = copy_observation(given, self.observation_space)
+        infos = _split_infos(given_infos, self.num_envs)
         terminated, truncated = (to_array(value, "done").astype(bool) for value in (terminations, truncations))
         dones = terminated | truncated
         ended = np.flatnonzero(dones)
@@ -135,9 +137,10 @@ class GymnasiumVecEnv(VecEnv):
         elif len(ended):
             for i in ended:
                 infos[i]["terminal_observation"] = map_observation(lambda value, i=i: np.array(value[i]), obs)
-            first, reset_infos = self.env.reset(options=None if dones.all() else {"reset_mask": dones.copy()})
+            first, first_infos = self.env.reset(options=None if dones.all() else {"reset_mask": dones.copy()})
             first = copy_observation(first, self.observation_space)
             obs = map_observation(lambda value, other: _put(value, ended, other[ended]), obs, first)
+            reset_infos = _split_infos(first_infos, self.num_envs)
             for i in ended:
                 self.reset_infos[i] = reset_infos[i]
         for info, cut in zip(infos, truncated & ~terminated, strict=True):
@@ -192,6 +195,28 @@ def from_vector_env(env: VectorEnv, verbose: int, monitor_wrapper: bool) -> VecE
         print("Wrapping the env in a GymnasiumVecEnv.")
     vec_env = GymnasiumVecEnv(env)
     return VecMonitor(vec_env) if monitor_wrapper else vec_env
+
+
+def _split_infos(infos: Any, n_envs: int) -> list[dict[str, Any]]:
+    """
+    :param infos: infos of all environments: arrays by key, the array of ``_key`` telling which environments have them
+    :param n_envs: number of environments
+    :return: the infos of each environment
+    """
+    if isinstance(infos, list):
+        return infos  # of gymnasium's DictInfoToList
+    split: list[dict[str, Any]] = [{} for _ in range(n_envs)]
+    for key, values in infos.items():
+        if key.startswith("_") and key[1:] in infos:
+            continue
+        if isinstance(values, dict):
+            values = _split_infos(values, n_envs)
+        elif not hasattr(values, "__len__") or len(values) != n_envs:
+            values = [values] * n_envs
+        for info, value, given in zip(split, values, infos.get(f"_{key}", [True] * n_envs), strict=True):
+            if given:
+                info[key] = value
+    return split
 
 
 def _put(value: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarray:

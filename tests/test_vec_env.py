@@ -488,7 +488,8 @@ def test_vector_env_that_cannot_reset_some_of_its_environments():
         def step(self, actions):
             self.t += 1
             no = np.zeros(self.num_envs, bool)
-            return np.full((self.num_envs, 2), self.t, np.float32), np.ones(self.num_envs), no | (self.t == 5), no, {}
+            infos = {"t": self.t, "force": th.ones(self.num_envs), "nested": {"a": [2] * self.num_envs, "_a": ~no}}
+            return np.full((self.num_envs, 2), self.t, np.float32), np.ones(self.num_envs), no | (self.t == 5), no, infos
 
     with pytest.raises(ValueError, match=r"NEXT_STEP and cannot reset only.*vectorization_mode='sync' or 'async'"):
         tiny_model(AtOnce(2))
@@ -496,6 +497,11 @@ def test_vector_env_that_cannot_reset_some_of_its_environments():
     learn_and_check(model, 30)
     samples = model.replay_buffer.get_n_step(model.replay_buffer.sampling_probabilities()[0])
     assert set(samples.next_observations[samples.terminated[:, 0] == 1].flatten().tolist()) == {5}
+    # Infos that are no arrays, and arrays without a mask
+    env = model.get_env()
+    env.reset()
+    info = env.step(np.zeros((1, 2)))[3][0]
+    assert info == {"t": 1, "force": th.ones(()), "nested": {"a": 2}, "TimeLimit.truncated": False}
     for wrapper in (NormalizeReward, NormalizeObservation):
         with pytest.raises(ValueError, match=rf"{wrapper.__name__}.*Use VecNormalize"):
             tiny_model(wrapper(vector_env()))

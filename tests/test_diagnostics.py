@@ -728,13 +728,14 @@ class TestCommand:
         "arguments, message",
         [
             (("--env", "Pendulum-v1", "-f", "nowhere"), "not found"),
-            (("--env", "Pendulum-v1", "--model", "nowhere.zip"), "There is no model nowhere.zip"),
+            (("--env", "Pendulum-v1", "--model", "nowhere.zip"), "nowhere.zip"),
             (("--env", "Pendulm-v1"), "Did you mean Pendulum-v1"),
         ],
     )
-    def test_errors(self, arguments, message, monkeypatch):
-        with pytest.raises(SystemExit, match=message):
+    def test_errors(self, arguments, message, monkeypatch, capsys):
+        with pytest.raises(SystemExit, match="2"):
             self.run(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_models_of_other_algorithms():

@@ -38,8 +38,8 @@ def run(name, folder, steps, *arguments):
     """Run an example in a folder."""
     # Targets are replaced every 5 steps, not 250 with as many encoder updates, which on images take minutes on a CPU
     code = (
-        "import runpy, sys; from sb3_mrq import MRQ; "
-        "MRQ.__init__.__defaults__ = tuple(5 if d == 250 else d for d in MRQ.__init__.__defaults__); "
+        "import inspect, runpy, sys; from sb3_mrq import MRQ; init = inspect.unwrap(MRQ.__init__); "
+        "init.__defaults__ = tuple(5 if d == 250 else d for d in init.__defaults__); "
         f"sys.argv = {[name, *arguments]!r}; runpy.run_path({str(EXAMPLES / f'{name}.py')!r}, run_name='__main__')"
     )
     return fork_server.run([sys.executable, "-c", code], cwd=folder, env=os.environ | {"EXAMPLE_STEPS": str(steps)})

@@ -540,6 +540,8 @@ class TestModel:
         """For the updates alone, backward passes included."""
         seen = []
         model = MRQ("MlpPolicy", "Pendulum-v1", precision="tf32", **SMALL)
+        # The first call of learn also tries an update with copies
+        model.learn(1)
         step, backward = model.learner._encoder_loss, th.Tensor.backward
 
         def note(function):
@@ -551,7 +553,7 @@ class TestModel:
 
         monkeypatch.setattr(model.learner, "_encoder_loss", note(step))
         monkeypatch.setattr(th.Tensor, "backward", note(backward))
-        model.learn(22)
+        model.learn(21, reset_num_timesteps=False)
         assert len(seen) == 2 * 250 + 2 * 2 and set(seen) == {"high"}
         assert th.get_float32_matmul_precision() == "highest"
 

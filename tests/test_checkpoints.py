@@ -646,7 +646,7 @@ def test_ctrl_c_with_worker_processes(tmp_path):
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
         env = make_vec_env(SpaceEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
-        model = tiny_model(env)
+        model = tiny_model(env, compile_updates=False)
         callback = ResumableCheckpointCallback(20, sys.argv[1], verbose=1)
         model.learn(1_000_000, callback=callback)
         for process in env.processes:

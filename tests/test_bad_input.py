@@ -128,6 +128,7 @@ def test_ways_to_learn_from_small_images(policy):
         tiny_model(SpaceEnv(small), policy)
     learn_and_check(tiny_model(SpaceEnv(small), policy, {"features_extractor_class": FlattenExtractor}), 30)
     if policy == "CnnPolicy":
+        pytest.importorskip("cv2")
         learn_and_check(tiny_model(ResizeObservation(SpaceEnv(small), (32, 32)), policy), 30)
 
 

@@ -214,8 +214,8 @@ class ObservationChecks:
 
 class FinalObservationChecks:
     """
-    Warns if ``reset`` seems to write over the final observations: if those of several episodes in a row, all different, equal
-    the first observations after them.
+    Warns if ``reset`` seems to write over the final observations: if the final observations of several episodes in a row are
+    all different, and equal the first observations after them.
     """
 
     N_EPISODES = 3

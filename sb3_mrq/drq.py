@@ -18,7 +18,7 @@ SelfDRQ = TypeVar("SelfDRQ", bound="DRQ")
 
 
 class MlpPolicy(policies.MRQPolicy):
-    """Policy class of DR.Q, with a wider encoder than that of MR.Q and a larger weight decay."""
+    """Policy class of DR.Q. Its encoder is wider than MR.Q's, and its weight decay larger."""
 
     default_net_arch = policies.MRQPolicy.default_net_arch | {"encoder": [750, 750]}
     default_weight_decay = 0.01

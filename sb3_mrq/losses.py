@@ -102,8 +102,8 @@ def termination_loss(predicted_terminated: th.Tensor, terminated: th.Tensor, mas
 def infonce_loss(predicted_z_s: th.Tensor, target_z_s: th.Tensor, mask: th.Tensor, temperature: float = 0.1) -> th.Tensor:
     """
     Contrastive loss of the predicted embeddings (InfoNCE, of DR.Q): each prediction is to be more similar to the embedding of
-    its own next observation than to the targets of the other rows of the batch, at the same step of the horizon. Similarity is the
-    cosine divided by the temperature. Rows past the end of their episode count neither as predictions nor as others.
+    its own next observation than to the targets of the other rows of the batch, at the same step of the horizon. Similarity
+    is the cosine divided by the temperature. Rows past the end of their episode count neither as predictions nor as targets.
 
     :param predicted_z_s: state embeddings that the linear model predicts, (B, H, Z)
     :param target_z_s: embeddings of the observed next observations by the target encoder, (B, H, Z)

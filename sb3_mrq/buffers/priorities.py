@@ -172,8 +172,8 @@ class FadedPriorityTree(PriorityTree):
     priority times ``max(fade_min, fade ** age)`` (DR.Q, Lyu et al., 2026, arXiv 2605.11711).
 
     The leaves are the priorities. Each node above holds two sums: the weights of *old* transitions, which have faded to
-    ``fade_min``, and the weights of *recent* ones. A new transition changes all recent weights by the same factor, which is kept
-    apart, and turns at most one recent transition into an old one.
+    ``fade_min``, and the weights of *recent* ones. A new transition changes all recent weights by the same factor, which is
+    kept apart, and turns at most one recent transition into an old one.
 
     :param capacity: number of indices, at least 1
     :param device: of the tree, and of everything that it takes and returns; the host if None

@@ -24,6 +24,12 @@ def fit_noise(noise: np.ndarray, n_envs: int, action_shape: tuple[int, ...]) -> 
     return np.broadcast_to(noise.reshape(n_envs, *missing * [1], *noise.shape[1:]), (n_envs, *action_shape))
 
 
+def _sample(action_noise: ActionNoise) -> np.ndarray:
+    """Sample noise, with the environments as first axis: (n_envs, ...), or (1, ...) for one environment."""
+    noise = np.asarray(action_noise())
+    return noise if isinstance(action_noise, VectorizedActionNoise) else noise[None]
+
+
 def sample_noise(action_noise: ActionNoise, n_envs: int, action_shape: tuple[int, ...]) -> np.ndarray:
     """
     :param action_noise: the noise, a ``VectorizedActionNoise`` if there are several environments
@@ -31,8 +37,7 @@ def sample_noise(action_noise: ActionNoise, n_envs: int, action_shape: tuple[int
     :param action_shape: shape of one action
     :return: noise in the shape of the actions, (n_envs, *action_shape)
     """
-    noise = np.asarray(action_noise())
-    return fit_noise(noise if isinstance(action_noise, VectorizedActionNoise) else noise[None], n_envs, action_shape)
+    return fit_noise(_sample(action_noise), n_envs, action_shape)
 
 
 def check_action_noise(action_noise: Any, action_space: spaces.Space, n_envs: int) -> None:
@@ -65,14 +70,13 @@ def check_action_noise(action_noise: Any, action_space: spaces.Space, n_envs: in
     generator = np.random.get_state()
     try:
         # A copy, as noise may have a state
-        sample = np.asarray(deepcopy(action_noise)())
+        noise = _sample(deepcopy(action_noise))
     except Exception as error:
         raise ValueError(
             f"action_noise {action_noise} cannot be sampled: {type(error).__name__}: {error}. {remedy}"
         ) from error
     finally:
         np.random.set_state(generator)
-    noise = sample if isinstance(action_noise, VectorizedActionNoise) else sample[None]
     try:
         fit_noise(noise, n_envs, action_space.shape)
     except ValueError:

@@ -234,8 +234,8 @@ def _resets_in_same_step(env: VectorEnv) -> bool:
         from gymnasium.vector import AutoresetMode
     except ImportError:
         raise ValueError(
-            f"{env} is a VectorEnv, which needs gymnasium 1.1 or later, where it tells when environments are reset: this is "
-            f"{gym.__version__}. Upgrade gymnasium, or use make_vec_env of Stable-Baselines3."
+            f"{env} is a VectorEnv, which needs gymnasium 1.1 or later, as earlier versions do not tell when environments are "
+            f"reset. This is {gym.__version__}. Upgrade gymnasium, or use make_vec_env of Stable-Baselines3."
         ) from None
     mode = env.metadata.get("autoreset_mode")
     remedy = "Make it by gymnasium.make_vec(id, num_envs, vectorization_mode='sync' or 'async')."

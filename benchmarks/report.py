@@ -7,9 +7,10 @@ Make the report of a study: learning curves, aggregate scores, a table and one p
 Algorithms are compared at the last step at which all runs of a task were evaluated. The page lists runs that ended early, and
 seeds computed in different precisions.
 
-``--published`` names a folder with the returns published by the paper's authors (``gym.csv``, ``dmc.csv``,
-``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on), which are not part of this
-project. They are drawn behind the curves, and a table compares them with the runs of ``mrq``.
+``--published`` names a folder with the returns published by the papers' authors, which are not part of this project: of MR.Q
+(``gym.csv``, ``dmc.csv``, ``dmc_visual.csv``, ``atari.csv``; columns ``env``, ``timesteps``, ``seed0``, ``seed1`` and so on)
+and of DR.Q (``drq_gym.csv`` and so on). They are drawn behind the curves, and a table compares them with the runs of ``mrq``
+and ``drq``.
 """
 
 import argparse
@@ -39,9 +40,10 @@ from sb3_mrq.hyperparameters import PRECISIONS
 
 #: format of the environment id, given the name in the published file
 PUBLISHED = {"gym.csv": "{}", "dmc.csv": "dmc/{}-v0", "dmc_visual.csv": "dmc-visual/{}-v0", "atari.csv": "ALE/{}"}
+#: beginning of the names of the published files, by algorithm
+PREFIXES = {"mrq": "", "drq": "drq_"}
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-PUBLISHED_COLOR = "#888888"
-PUBLISHED_NAME = "published"
+PUBLISHED_COLORS = {"mrq": "#888888", "drq": "#A0845C"}
 # Fewer seeds are drawn individually: overlapping bands hide one another
 SEEDS_OF_A_BAND = 5
 
@@ -72,21 +74,36 @@ def read_all(paths: Sequence[Path]) -> pd.DataFrame:
 def read_published(folder: Path) -> pd.DataFrame:
     """
     :param folder: folder of the published returns
-    :return: table with the columns task, step, seed, return
+    :return: table with the columns task, algorithm, step, seed, return
     """
     frames = []
-    for name, pattern in PUBLISHED.items():
-        path = folder / name
-        if path.exists():
-            long = pd.read_csv(path).melt(["env", "timesteps"], var_name="seed", value_name="return")
-            long["task"] = long["env"].map(pattern.format)
-            frames.append(long.rename(columns={"timesteps": "step"})[["task", "step", "seed", "return"]])
+    for algorithm, prefix in PREFIXES.items():
+        for name, pattern in PUBLISHED.items():
+            path = folder / f"{prefix}{name}"
+            if path.exists():
+                long = pd.read_csv(path).melt(["env", "timesteps"], var_name="seed", value_name="return")
+                long = long.assign(task=long["env"].map(pattern.format), algorithm=algorithm)
+                frames.append(long.rename(columns={"timesteps": "step"})[["task", "algorithm", "step", "seed", "return"]])
     if not frames:
         raise SystemExit(f"{folder} has no published returns: it must contain at least one of {', '.join(PUBLISHED)}.")
     published = pd.concat(frames).dropna()
     # The published locomotion results are of version 4, to which version 5 is compared
     newer = published[published["task"].str.match(r"^[A-Za-z0-9]+-v4$")]
     return pd.concat([published, newer.assign(task=newer["task"].str.replace("-v4", "-v5"))])
+
+
+def published_of(published: pd.DataFrame | None, task: str, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """
+    :param published: published returns, if available
+    :param task: a task
+    :param names: names of algorithms and of their variants, such as ``mrq-float32``
+    :return: published returns on the task, by algorithm
+    """
+    if published is None:
+        return {}
+    algorithms = {name.partition("-")[0] for name in names}
+    of_task = published[(published["task"] == task) & published["algorithm"].isin(algorithms)]
+    return dict(iter(of_task.groupby("algorithm", sort=False)))
 
 
 def at_step(frame: pd.DataFrame, step: int | None) -> pd.Series:
@@ -210,9 +227,9 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
     """
     :param matrices: normalised scores by algorithm
     :param reps: bootstrap samples
-    :return: interquartile mean and optimality gap of each algorithm, and the probability that ``mrq`` (else its first variant,
-        else the first algorithm) improves on each of the others. Each has a 95 % interval, or None with fewer than
-        ``MIN_SEEDS`` seeds.
+    :return: interquartile mean and optimality gap of each algorithm, and the probability that the first of ``mrq`` and ``drq``
+        (else the first of their variants, else the first algorithm) improves on each of the others. Each has a 95 % interval,
+        or None with fewer than ``MIN_SEEDS`` seeds.
     """
     numbers: dict[str, Any] = {}
 
@@ -229,7 +246,7 @@ def aggregates(matrices: Mapping[str, np.ndarray], reps: int) -> dict[str, Any]:
             for k, name in enumerate(("iqm", "optimality_gap"))
         }
         numbers[algorithm]["n_seeds"] = len(matrix)
-    main = min(matrices, key=lambda name: (name != "mrq", not name.startswith("mrq")))
+    main = min(matrices, key=lambda name: (name not in PREFIXES, name.partition("-")[0] not in PREFIXES))
     pairs = {name: (matrices[main], matrix) for name, matrix in matrices.items() if name != main}
     if pairs:
 
@@ -267,33 +284,32 @@ def compare_with_published(results: pd.DataFrame, published: pd.DataFrame) -> pd
         whether our mean and all our seeds reach the lowest of theirs, and the difference of the means in standard errors
     """
     rows = []
-    ours_alone = results[results["algorithm"].str.startswith("mrq")]
-    for (task, algorithm), frame in ours_alone.groupby(["task", "algorithm"], sort=False):
-        theirs_of_task = published[published["task"] == task]
-        steps = sorted(set(frame["step"]) & set(theirs_of_task["step"]) - {0})
-        for step in steps:
-            ours, theirs = at_step(frame, step).to_numpy(), at_step(theirs_of_task, step).to_numpy()
-            if not len(ours):
-                continue
-            errors, source = distance(ours, theirs)
-            rows.append(
-                {
-                    "task": task,
-                    "algorithm": algorithm,
-                    "step": step,
-                    "seeds": len(ours),
-                    "mean": ours.mean(),
-                    "min": ours.min(),
-                    "max": ours.max(),
-                    "published mean": theirs.mean(),
-                    "published min": theirs.min(),
-                    "published max": theirs.max(),
-                    "mean at or above the lowest": bool(ours.mean() >= theirs.min()),
-                    "all at or above the lowest": bool((ours >= theirs.min()).all()),
-                    "standard errors": errors,
-                    "these from": source,
-                }
-            )
+    for (task, algorithm), frame in results.groupby(["task", "algorithm"], sort=False):
+        for theirs_of_task in published_of(published, task, [algorithm]).values():
+            steps = sorted(set(frame["step"]) & set(theirs_of_task["step"]) - {0})
+            for step in steps:
+                ours, theirs = at_step(frame, step).to_numpy(), at_step(theirs_of_task, step).to_numpy()
+                if not len(ours):
+                    continue
+                errors, source = distance(ours, theirs)
+                rows.append(
+                    {
+                        "task": task,
+                        "algorithm": algorithm,
+                        "step": step,
+                        "seeds": len(ours),
+                        "mean": ours.mean(),
+                        "min": ours.min(),
+                        "max": ours.max(),
+                        "published mean": theirs.mean(),
+                        "published min": theirs.min(),
+                        "published max": theirs.max(),
+                        "mean at or above the lowest": bool(ours.mean() >= theirs.min()),
+                        "all at or above the lowest": bool((ours >= theirs.min()).all()),
+                        "standard errors": errors,
+                        "these from": source,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -313,11 +329,11 @@ def draw_curves(axes: Axes, panel: str, results: pd.DataFrame, published: pd.Dat
     tasks = results["task"].unique()
     of_panel = results[[panel_of(task, tasks) == panel for task in results["task"]]]
     last = of_panel["step"].max()
-    if published is not None:
-        theirs = published[(published["task"] == panel) & (published["step"] <= last)].groupby("step")["return"]
-        if len(theirs):
-            axes.fill_between(theirs.min().index, theirs.min(), theirs.max(), color=PUBLISHED_COLOR, alpha=0.25, linewidth=0)
-            axes.plot(theirs.mean().index, theirs.mean(), color=PUBLISHED_COLOR, linestyle="--", label=PUBLISHED_NAME)
+    for name, frame in published_of(published, panel, of_panel["algorithm"]).items():
+        theirs, color = frame[frame["step"] <= last].groupby("step")["return"], PUBLISHED_COLORS[name]
+        axes.fill_between(theirs.min().index, theirs.min(), theirs.max(), color=color, alpha=0.25, linewidth=0)
+        label = f"{name}, published ({frame['seed'].nunique()} seeds)"
+        axes.plot(theirs.mean().index, theirs.mean(), color=color, linestyle="--", label=label)
     for (task, algorithm), frame in of_panel.groupby(["task", "algorithm"], sort=False):
         # Only steps that all seeds have, so that the mean is always over the same seeds
         table = frame.pivot(index="step", columns="seed", values="return").dropna()
@@ -348,18 +364,14 @@ def draw_overview(
     n_rows = -(-len(panels) // n_columns)
     size = (4.2 * n_columns, 3.3 * n_rows + 0.3)
     figure, grid = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    grey = False
     for axis, panel in zip(grid.flat, panels, strict=False):
         draw_curves(axis, panel, results, published, colors)
-        shown = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        grey |= shown.pop(PUBLISHED_NAME, None) is not None
-        axis.legend(shown.values(), shown.keys(), fontsize=7, frameon=False, loc="upper left")
+        axis.legend(fontsize=7, frameon=False, loc="upper left")
     for axis in grid.flat[len(panels) :]:
         axis.set_visible(False)
     caption = f"Thick lines: mean over seeds. Thin lines: each of fewer than {SEEDS_OF_A_BAND}. Bands: lowest to highest."
-    if published is not None and grey:
-        caption += f" Grey: the {published['seed'].nunique()} published seeds and their mean"
-        caption += ", of v4 where v5 is shown." if any(re.fullmatch(r"\w+-v5", panel) for panel in panels) else "."
+    if published is not None and any(re.fullmatch(r"\w+-v5", panel) for panel in panels):
+        caption += " Published returns are of v4 where v5 is shown."
     # Letters per inch
     figure.supxlabel(textwrap.fill(caption, round(13.5 * size[0])), fontsize=9)
     return figure
@@ -406,13 +418,13 @@ def final_table(results: pd.DataFrame, published: pd.DataFrame | None) -> pd.Dat
             if len(values):
                 spread = f" ± {values.std(ddof=1):.0f}" if len(values) > 1 else ""
                 row[algorithm] = f"{values.mean():.0f}{spread} ({len(values)})"
-        if published is not None:
-            values = at_step(published[published["task"] == task], step)
+        for name, frame in published_of(published, task, results["algorithm"]).items():
+            values = at_step(frame, step)
             if len(values):
-                row[PUBLISHED_NAME] = f"{values.mean():.0f} [{values.min():.0f}, {values.max():.0f}]"
+                row[f"{name}, published"] = f"{values.mean():.0f} [{values.min():.0f}, {values.max():.0f}]"
         rows.append(row)
     table = pd.DataFrame(rows).fillna("")
-    return table[[name for name in table if name != PUBLISHED_NAME] + [name for name in table if name == PUBLISHED_NAME]]
+    return table[sorted(table, key=lambda name: name.endswith(", published"))]
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -577,10 +589,9 @@ def make_report(results: pd.DataFrame, published: pd.DataFrame | None, out: Path
     sections += [
         "<h2>Learning curves</h2>",
         '<p class="note">Mean over seeds, and each seed, or the range from lowest to highest with at least '
-        f"{SEEDS_OF_A_BAND} seeds.",
+        f"{SEEDS_OF_A_BAND} seeds.</p>",
+        '<div class="curves">',
     ]
-    sections[-1] += " Grey: published.</p>" if published is not None else "</p>"
-    sections.append('<div class="curves">')
     panels = list(dict.fromkeys(panel_of(task, tasks) for task in tasks))
     for panel in panels:
         figure, axis = plt.subplots(figsize=(5, 3.6))

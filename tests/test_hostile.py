@@ -118,7 +118,7 @@ BUFFER_FAULTS = [None, None, "nan", "inf", "too large", "shape", "reward", "rewa
 
 
 @cases(
-    1200,
+    1300,
     observation_space=observation_spaces(side=5),
     action_space=action_spaces(),
     rewards=REWARDS,
@@ -294,7 +294,7 @@ def test_updates(rewards, scale, target_scale, obs_size, discrete, terminated, s
 
 
 @cases(
-    280,
+    120,
     observation_space=observation_spaces(),
     action_space=action_spaces(),
     rewards=REWARDS,
@@ -327,7 +327,7 @@ def can_be_normalised(space):
 
 
 @cases(
-    260,
+    120,
     observation_space=observation_spaces(),
     action_space=action_spaces(),
     fault=st.sampled_from(sorted(FAULTS)),

@@ -60,6 +60,7 @@ def published(tmp_path):
     (folder / "dmc.csv").write_text("env,timesteps,seed0,seed1\nwalker-walk,0,1,2\nwalker-walk,20,500,700\n")
     (folder / "gym.csv").write_text("env,timesteps,seed0,seed1\nHalfCheetah-v4,0,1,2\nHalfCheetah-v4,20,4500,5500\n")
     (folder / "atari.csv").write_text("env,timesteps,seed0,seed1\nPong-v5,0,-21,-20\n")
+    (folder / "drq_dmc.csv").write_text("env,timesteps,seed0,seed1,seed2\nwalker-walk,20,800,900,1000\n")
     return folder
 
 
@@ -67,6 +68,7 @@ class TestReport:
     def test_published(self, published):
         table = report.read_published(published)
         assert set(table["task"]) == {"dmc/walker-walk-v0", "HalfCheetah-v4", "HalfCheetah-v5", "ALE/Pong-v5"}
+        assert set(table[table["algorithm"] == "drq"]["task"]) == {"dmc/walker-walk-v0"}
         with pytest.raises(SystemExit, match=r"has no published returns: it must contain at least one of gym\.csv"):
             report.read_published(published.parent)
 
@@ -220,12 +222,12 @@ class TestReport:
         figure = report.draw_overview(panels, table, report.read_published(published), colors)
         legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes]
         assert legends == [
-            ["mrq (2 seeds)", "td3 (2 seeds)"],
-            ["mrq (2 seeds)", "td3 (2 seeds)", "sac on HalfCheetah-v4 (3 seeds)"],
+            ["mrq, published (2 seeds)", "mrq (2 seeds)", "td3 (2 seeds)"],
+            ["mrq, published (2 seeds)", "mrq (2 seeds)", "td3 (2 seeds)", "sac on HalfCheetah-v4 (3 seeds)"],
         ]
         caption = "Thick lines: mean over seeds. Thin lines: each of fewer than 5. Bands: lowest to highest."
         shown = figure.get_supxlabel()
-        assert " ".join(shown.split()) == f"{caption} Grey: the 2 published seeds and their mean, of v4 where v5 is shown."
+        assert " ".join(shown.split()) == f"{caption} Published returns are of v4 where v5 is shown."
         # Within two panels
         assert 80 < max(map(len, shown.splitlines())) < 120
         assert report.draw_overview(panels, table, None, colors).get_supxlabel() == caption
@@ -253,10 +255,25 @@ class TestReport:
             assert pixels.shape[0] > 100 and pixels.std() > 0.01
             assert (out / name).with_suffix(".svg").read_text().lstrip().startswith("<?xml")
         lines = (out / "table.md").read_text().splitlines()
-        assert lines[0] == "| task | steps | mrq | td3 | published |"
+        assert lines[0] == "| task | steps | mrq | td3 | mrq, published |"
         assert lines[2] == "| dmc/walker-walk-v0 | 20 | 700 ± 141 (2) | 200 ± 141 (2) | 600 [500, 700] |"
         assert json.loads((out / "numbers.json").read_text())["algorithms"]["mrq"]["n_seeds"] == 2
         assert not re.search(r"https?://", text)
+
+    def test_two_published_algorithms(self, published):
+        """Each is compared with its own published returns, and variants with those of the algorithm."""
+        returns = report.read_published(published)
+        table = results({(TASKS[0], "mrq"): [600, 800], (TASKS[0], "drq-float32"): [700, 850], (TASKS[0], "td3"): [100, 300]})
+        compared = report.compare_with_published(table, returns).set_index("algorithm")
+        assert compared["published mean"].to_dict() == {"mrq": 600, "drq-float32": 900}
+        assert compared["all at or above the lowest"].to_dict() == {"mrq": True, "drq-float32": False}
+        final = report.final_table(table, returns)
+        assert list(final) == ["task", "steps", "mrq", "drq-float32", "td3", "mrq, published", "drq, published"]
+        assert final["drq, published"][0] == "900 [800, 1000]"
+        (axis,) = report.draw_overview([TASKS[0]], table, returns, dict.fromkeys(set(table["algorithm"]), "red")).axes
+        assert len(axis.collections) == 2
+        # Returns of algorithms that were not run are left out
+        assert list(report.final_table(table[table["algorithm"] != "mrq"], returns)).count("mrq, published") == 0
 
     def test_nothing_to_aggregate(self, tmp_path):
         """Comments in tables are skipped, and algorithms without a common task have no aggregates."""

@@ -8,6 +8,7 @@ encoder and critic, and the stored form (B, action_dim) in the replay buffer. Th
 form of a discrete action consists of integers of the space.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +125,8 @@ class CategoricalActions:
 
     # One-hot entries are in [0, 1] and Box actions in [-1, 1], so the noise of discrete actions is halved
     NOISE_SCALE = 0.5
+    # Most actions whose values are all computed: at default sizes, a batch of them takes two gigabytes for each layer
+    MAX_LISTED = 4096
 
     def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary, temperature: float = 10.0):
         if isinstance(space, spaces.Discrete):
@@ -141,12 +144,15 @@ class CategoricalActions:
                 )
             sizes, starts = [2] * space.shape[0], [0] * space.shape[0]
         self.temperature = temperature
+        self.sizes = sizes
+        self.n_actions = math.prod(sizes)
         self.dim = sum(sizes)
         self.n_dimensions = len(sizes)
         self.max_size = max(sizes)
         offsets = th.tensor([0, *sizes[:-1]]).cumsum(0)
         table_index = th.cat([row * self.max_size + th.arange(size) for row, size in enumerate(sizes)])
         self._on_device = {th.device("cpu"): Constants(th.tensor(starts), offsets, table_index)}
+        self._all: dict[th.device, th.Tensor] = {}
 
     def _constants(self, device: th.device) -> Constants:
         if device not in self._on_device:
@@ -166,6 +172,30 @@ class CategoricalActions:
         """
         table = self._table(action, fill=-th.inf)
         return table.argmax(dim=-1) + self._constants(action.device).starts
+
+    def list_all(self, device: th.device) -> th.Tensor:
+        """
+        :param device: device of the result
+        :return: the vectors of all actions, the last dimension varying fastest, (n_actions, A)
+        """
+        if device not in self._all:
+            indices = th.cartesian_prod(*(th.arange(size, device=device) for size in self.sizes)).view(self.n_actions, -1)
+            self._all[device] = self.encode(indices + self._constants(device).starts)
+        return self._all[device]
+
+    def replace_randomly(self, action: th.Tensor, probability: float | th.Tensor) -> th.Tensor:
+        """
+        Epsilon-greedy exploration.
+
+        :param action: action vectors, (B, A)
+        :param probability: probability of a random action, uniform over all actions of the space
+        :return: action vectors, (B, A)
+        """
+        random = self.encode(
+            th.stack([th.randint(size, (len(action),), device=action.device) for size in self.sizes], dim=1)
+            + self._constants(action.device).starts
+        )
+        return th.where(th.rand((len(action), 1), device=action.device) < probability, random, action)
 
     def encode(self, stored: th.Tensor) -> th.Tensor:
         """
@@ -233,4 +263,21 @@ def make_actions(space: spaces.Space, temperature: float = 10.0) -> BoxActions |
     raise UnsupportedSpaceError(
         f"MRQ supports Box, Discrete, MultiDiscrete and MultiBinary actions, not {space}: convert it, for example with "
         "gymnasium.wrappers.TransformAction."
+    )
+
+
+def check_can_list(actions: BoxActions | CategoricalActions, space: spaces.Space) -> None:
+    """
+    :param actions: conversions of the actions
+    :param space: their space
+    :raises UnsupportedSpaceError: if the values of all actions cannot be computed
+    """
+    if not isinstance(actions, CategoricalActions):
+        fault = "is continuous"
+    elif actions.n_actions > actions.MAX_LISTED:
+        fault = f"has {actions.n_actions:,} of them, more than {actions.MAX_LISTED:,}"
+    else:
+        return
+    raise UnsupportedSpaceError(
+        f"A greedy policy compares the values of all actions, but {space} {fault}: pass discrete_policy='actor'."
     )

@@ -31,9 +31,8 @@ FOREIGN_ARGUMENTS = {
         "use_sde": _NO_SDE,
         "sde_sample_freq": _NO_SDE,
         "use_sde_at_warmup": "No argument takes its place: the first learning_starts steps are uniformly random.",
-        "exploration_fraction": "learning_starts takes its place: so many random steps, then exploration_noise throughout.",
+        "exploration_fraction": "learning_starts takes its place: so many random steps, then exploration_final_eps for good.",
         "exploration_initial_eps": "No argument takes its place: the first learning_starts steps are uniformly random.",
-        "exploration_final_eps": "exploration_noise takes its place: the standard deviation of noise, not a probability.",
         "top_quantiles_to_drop_per_net": "No argument takes its place: the target is the smallest of the value heads.",
     },
     "MRQPolicy": {

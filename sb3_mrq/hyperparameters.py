@@ -65,6 +65,8 @@ REQUIREMENTS: dict[str, Requirement] = {
     "target_update_interval": COUNT,
     "encoder_learning_rate": LEARNING_RATE,
     "exploration_noise": Number(least=0, infinite=True),
+    "discrete_policy": OneOf(("auto", "greedy", "actor")),
+    "exploration_final_eps": FRACTION,
     "target_policy_noise": NOT_NEGATIVE,
     "target_noise_clip": Number(least=0, infinite=True),
     "max_grad_norm": Number(above=0, infinite=True, optional=True),
@@ -116,6 +118,7 @@ POLICY_REQUIREMENTS: dict[str, Requirement] = {
     "optimizer_class": Instance((type, partial), "a class such as torch.optim.AdamW."),
     "optimizer_kwargs": Instance((Mapping, type(None)), "a dict of arguments of the optimizer, or None."),
     "n_critics": COUNT,
+    "greedy": Switch(),
 }
 
 

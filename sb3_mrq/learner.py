@@ -101,7 +101,8 @@ class Learner:
     """
     Updates the networks of a policy with their optimisers (attribute ``optimizer`` of each online network).
 
-    A subclass may override ``encoder_terms``, ``bootstrap``, ``value_loss``, ``policy_loss`` and ``priorities``.
+    A subclass may override ``encoder_terms``, ``next_value``, ``bootstrap``, ``value_loss``, ``policy_loss`` and
+    ``priorities``.
 
     :param policy: policy with the networks and their targets
     :param hyperparameters: hyperparameters of the updates
@@ -141,7 +142,7 @@ class Learner:
     @property
     def _pairs(self) -> tuple[tuple[nn.Module, nn.Module], ...]:
         """Pairs of online network and target network."""
-        return (self.encoder, self.encoder_target), (self.critic, self.critic_target), (self.actor, self.actor_target)
+        return tuple((getattr(self, name), getattr(self, f"{name}_target")) for name in self.policy.networks)
 
     @contextmanager
     def preserve_buffers_and_rng(self) -> Iterator[None]:
@@ -259,7 +260,7 @@ class Learner:
         to 20 of the paper).
 
         :param samples: samples from the replay buffer
-        :param noise: noise of this update, sampled if None
+        :param noise: noise of this update, sampled if None; of no effect if the policy is greedy
         :return: new priorities (B,), and metrics by name, 0-d each; losses are computed before the steps
         """
         max_grad_norm = self.hyperparameters.max_grad_norm
@@ -269,7 +270,7 @@ class Learner:
             actions=self.actions.encode(samples.actions),
             indices=None,
         )
-        if noise is None:
+        if noise is None and self.actor is not None:
             noise = self.sample_noise(len(samples.rewards))
         target, z_s, z_sa = self._value_target(samples, noise)
 
@@ -282,46 +283,60 @@ class Learner:
         else:
             critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), max_grad_norm)
         optimizer_step(self.critic.optimizer)
-
-        # Policy step: gradients flow through g and Q, but only the weights of pi are updated
-        actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
-        self.actor.optimizer.zero_grad()
-        actor_loss.backward()
-        optimizer_step(self.actor.optimizer)
-
-        return self.priorities(q, target), {
+        metrics = {
             "critic_loss": critic_loss.detach(),
-            "actor_loss": actor_loss.detach(),
             "q_value": q.mean(),
             "td_error": (q - target).abs().mean(),
             "critic_grad_norm": critic_grad_norm,
         }
 
+        # Policy step: gradients flow through g and Q, but only the weights of pi are updated
+        if self.actor is not None:
+            assert noise is not None
+            actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
+            self.actor.optimizer.zero_grad()
+            actor_loss.backward()
+            optimizer_step(self.actor.optimizer)
+            metrics["actor_loss"] = actor_loss.detach()
+
+        return self.priorities(q, target), metrics
+
     @th.no_grad()
-    def value_target(self, samples: NStepSamples, noise: Noise) -> ValueTarget:
+    def value_target(self, samples: NStepSamples, noise: Noise | None) -> ValueTarget:
         """
         Value target (equation 19 of the paper).
 
         :param samples: prepared samples, see :class:`~sb3_mrq.buffers.NStepSamples`
-        :param noise: noise of this update
+        :param noise: noise of this update, None if the policy is greedy
         :return: the target, and the embeddings of s_0 and a_0
         """
-        hyperparameters, dtype = self.hyperparameters, samples.rewards.dtype
-        std, clip = hyperparameters.target_policy_noise, hyperparameters.target_noise_clip
         with self._autocast():
-            next_z_s = self.encoder_target.state(samples.next_observations)
-            next_action = self.actions.activation(self.actor_target(next_z_s).to(dtype), noise.target_gumbel)
-            next_action = self.actions.smooth(next_action, noise.target_normal, std, clip)
-            next_q = self.critic_target.value(self.critic_target(self.encoder_target.state_action(next_z_s, next_action)))
+            next_value = self.next_value(self.encoder_target.state(samples.next_observations), noise)
             z_s = self.encoder.state(samples.observations)
             z_sa = self.encoder.state_action(z_s, samples.actions)
-        returns, discount = losses.n_step_return(samples.rewards, samples.terminated, samples.mask, hyperparameters.gamma)
+        returns, discount = losses.n_step_return(samples.rewards, samples.terminated, samples.mask, self.hyperparameters.gamma)
         scales = self.critic.reward_scale, self.critic_target.reward_scale
-        return ValueTarget(losses.value_target(returns, discount, self.bootstrap(next_q), *scales), z_s, z_sa)
+        return ValueTarget(losses.value_target(returns, discount, next_value, *scales), z_s, z_sa)
+
+    def next_value(self, next_z_s: th.Tensor, noise: Noise | None) -> th.Tensor:
+        """
+        :param next_z_s: embedding of the last observation by the target encoder, (B, Z)
+        :param noise: noise of this update, None if the policy is greedy
+        :return: value of the target policy's smoothed action, or the highest of all actions if the policy is greedy, (B, 1)
+        """
+        if self.actor_target is None:
+            next_q = self.policy.all_values(self.encoder_target, self.critic_target, next_z_s)
+            return self.bootstrap(next_q.flatten(0, 1)).view(len(next_q), -1).amax(dim=1, keepdim=True)
+        assert noise is not None
+        pre_activation = self.actor_target(next_z_s).to(noise.target_normal.dtype)
+        action = self.actions.activation(pre_activation, noise.target_gumbel)
+        std, clip = self.hyperparameters.target_policy_noise, self.hyperparameters.target_noise_clip
+        action = self.actions.smooth(action, noise.target_normal, std, clip)
+        return self.bootstrap(self.critic_target.value(self.critic_target(self.encoder_target.state_action(next_z_s, action))))
 
     def bootstrap(self, next_q: th.Tensor) -> th.Tensor:
         """
-        :param next_q: values of the target policy's action for the last observation, by the target heads, (B, n_critics)
+        :param next_q: values of actions for the last observation, by the target heads, (B, n_critics)
         :return: minimum of the heads, (B, 1)
         """
         return next_q.amin(dim=1, keepdim=True)
@@ -342,6 +357,7 @@ class Learner:
         :param gumbel: standard Gumbel noise, (B, A), None for Box actions
         :return: the loss of pi, 0-d
         """
+        assert self.actor is not None
         dtype = self.encoder.predictor.bins.dtype
         with self._autocast():
             pre_activation = self.actor(z_s).to(dtype)

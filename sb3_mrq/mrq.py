@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
-from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.action_spaces import CategoricalActions, make_actions
 from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import check_observation_space
@@ -62,6 +62,10 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param encoder_learning_rate: learning rate of the encoder, or a function of the progress remaining (from 1 to 0)
     :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. It is
         halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``.
+    :param discrete_policy: Policy of discrete actions. ``"greedy"`` takes the action of the highest value; the value target is
+        the highest value of the next observation, and random actions explore. ``"actor"`` trains an actor with Gumbel-softmax,
+        as in the paper. ``"auto"`` is greedy for up to ``GREEDY_UP_TO`` actions, counting all combinations.
+    :param exploration_final_eps: Probability of a random action in rollouts of a greedy policy, after ``learning_starts``
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
     :param max_grad_norm: Maximum gradient norm of the value heads, None for no clipping
@@ -106,10 +110,12 @@ class MRQ(ResumableOffPolicyAlgorithm):
     encoder_target: Encoder
     critic: Critic
     critic_target: Critic
-    actor: Actor
-    actor_target: Actor
+    actor: Actor | None  # type: ignore[assignment]
+    actor_target: Actor | None
 
     NETWORKS = ("encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target")
+    # Most discrete actions for which the policy is greedy by default. With more of them, their values take most of the time.
+    GREEDY_UP_TO = 32
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
     # Steps from which compiling saves time: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms per step
@@ -136,6 +142,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         target_update_interval: int = 250,
         encoder_learning_rate: float | Schedule = 1e-4,
         exploration_noise: float = 0.2,
+        discrete_policy: str = "actor",
+        exploration_final_eps: float = 0.05,
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.3,
         max_grad_norm: float | None = 20.0,
@@ -188,6 +196,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.target_update_interval = target_update_interval
         self.encoder_learning_rate = encoder_learning_rate
         self.exploration_noise = exploration_noise
+        self.discrete_policy = discrete_policy
+        self.exploration_final_eps = exploration_final_eps
         self.target_policy_noise = target_policy_noise
         self.target_noise_clip = target_noise_clip
         self.max_grad_norm = max_grad_norm
@@ -233,18 +243,26 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self.lr_schedule,
             encoder_lr_schedule=self.encoder_lr_schedule,
             **self.policy_kwargs,
+            **({"greedy": True} if self._is_greedy() else {}),
         )
         self.policy = self.policy.to(self.device)
         for name in self.NETWORKS:
             setattr(self, name, getattr(self.policy, name))
         self._convert_train_freq()
         restore_old_reward_scales(self)
-        self.automatic_precision = automatic_precision(self.device, self.encoder, self.critic, self.actor)
+        trained = (getattr(self.policy, name) for name in self.policy.networks)
+        self.automatic_precision = automatic_precision(self.device, *trained)
         self.learner = self.learner_class(self.policy, UpdateHyperparameters.from_model(self, self.automatic_precision))
         self.updates = Updates(self.learner, self.device, self.compile_updates, self.verbose)
         self.updates.compile(self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
             print("Using bfloat16 for matrix products of updates")
+
+    def _is_greedy(self) -> bool:
+        actions = make_actions(self.action_space)
+        if not isinstance(actions, CategoricalActions):
+            return False
+        return self.discrete_policy == "greedy" or (self.discrete_policy == "auto" and actions.n_actions <= self.GREEDY_UP_TO)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -292,7 +310,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return set_up
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
-        return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
+        noise = self.exploration_final_eps if self.policy.greedy else self.exploration_noise
+        return self.updates.act(obs, noise if with_noise else 0.0)
 
     def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
         """
@@ -323,7 +342,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.policy.set_training_mode(True)
 
         # Update learning rates according to their schedules
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        self._update_learning_rate([network.optimizer for network in (self.critic, self.actor) if network is not None])
         encoder_learning_rate = self.encoder_lr_schedule(self._current_progress_remaining)
         update_learning_rate(self.encoder.optimizer, encoder_learning_rate)
         self.logger.record("train/encoder_learning_rate", encoder_learning_rate)
@@ -392,7 +411,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         """Log metrics of the last value and policy updates."""
         means = self.updates.value_policy_metrics.take()
         if means:
-            self._record(means | {"actor_grad_norm": grad_norm(self.actor).item()})
+            self._record(means | ({} if self.actor is None else {"actor_grad_norm": grad_norm(self.actor).item()}))
 
     def dump_logs(self) -> None:
         """Write log data, including the metrics of the last updates."""
@@ -445,4 +464,4 @@ class MRQ(ResumableOffPolicyAlgorithm):
         super().set_parameters(add_reward_scales(self, load_path_or_dict, device), exact_match, device)
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "encoder.optimizer", "critic.optimizer", "actor.optimizer"], []
+        return ["policy", *(f"{name}.optimizer" for name in self.policy.networks)], []

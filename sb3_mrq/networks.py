@@ -178,6 +178,15 @@ class StateActionEncoder(nn.Module):
         """
         return self.layers(self.state_input(z_s) + projected_action)
 
+    def embed_all(self, z_s: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """
+        :param z_s: (B, Z)
+        :param actions: actions that are all embedded with each state, (K, A)
+        :return: z_sa, (B * K, ZSA)
+        """
+        first = self.state_input(z_s).unsqueeze(1) + self.project_action(actions)
+        return self.layers(first.flatten(0, 1))
+
     def forward(self, z_s: th.Tensor, action: th.Tensor) -> th.Tensor:
         """
         :param z_s: (B, Z)

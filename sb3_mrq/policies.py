@@ -17,7 +17,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_mrq.action_spaces import make_actions
+from sb3_mrq.action_spaces import CategoricalActions, check_can_list, make_actions
 from sb3_mrq.arguments import check_argument, explain_foreign
 from sb3_mrq.extractors import CNNExtractor, MLPExtractor, MultiInputExtractor
 from sb3_mrq.hyperparameters import POLICY_REQUIREMENTS, UNITS
@@ -65,7 +65,7 @@ def complete_net_arch(
 
 class MRQPolicy(BasePolicy):
     """
-    Policy class of MR.Q: encoder, value heads and actor with their target copies and optimisers.
+    Policy class of MR.Q: encoder, value heads and actor with their target copies and optimisers. A greedy policy has no actor.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -89,6 +89,7 @@ class MRQPolicy(BasePolicy):
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer. The
         default weight decay of AdamW is 1e-4.
     :param n_critics: Number of value heads
+    :param greedy: Whether to take the action of the highest value, which requires discrete actions, instead of an actor's
     :param encoder_lr_schedule: Learning rate schedule of the encoder, ``lr_schedule`` if None
     """
 
@@ -96,8 +97,8 @@ class MRQPolicy(BasePolicy):
     encoder_target: Encoder
     critic: Critic
     critic_target: Critic
-    actor: Actor
-    actor_target: Actor
+    actor: Actor | None
+    actor_target: Actor | None
 
     default_net_arch: ClassVar[dict[str, list[int]]] = {"encoder": [512, 512], "qf": [512, 512, 512], "pi": [512, 512]}
     default_weight_decay = 1e-4
@@ -123,6 +124,7 @@ class MRQPolicy(BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
+        greedy: bool = False,
         encoder_lr_schedule: Schedule | None = None,
     ):
         given = dict(locals())
@@ -148,7 +150,12 @@ class MRQPolicy(BasePolicy):
         self.reward_bins_limit = reward_bins_limit
         self.gumbel_temperature = gumbel_temperature
         self.n_critics = n_critics
+        self.greedy = greedy
+        #: names of the networks that are trained
+        self.networks = ("encoder", "critic") if greedy else ("encoder", "critic", "actor")
         self.actions = make_actions(action_space, gumbel_temperature)
+        if greedy:
+            check_can_list(self.actions, action_space)
         if isinstance(action_space, spaces.Box):
             # In float64, as the difference of the bounds may overflow float32
             self._low, self._high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
@@ -157,18 +164,17 @@ class MRQPolicy(BasePolicy):
     def _build(self, lr_schedule: Schedule, encoder_lr_schedule: Schedule) -> None:
         self.encoder = self.make_encoder()
         self.critic = self.make_critic()
-        self.actor = self.make_actor()
+        self.actor = None if self.greedy else self.make_actor()
         self.encoder_target = deepcopy(self.encoder).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.actor_target = deepcopy(self.actor).requires_grad_(False)
+        self.actor_target = None if self.actor is None else deepcopy(self.actor).requires_grad_(False)
         self.encoder.optimizer = self.make_optimizer(self.encoder, encoder_lr_schedule(1))
         self.critic.optimizer = self.make_optimizer(self.critic, lr_schedule(1))
-        self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
+        if self.actor is not None:
+            self.actor.optimizer = self.make_optimizer(self.actor, lr_schedule(1))
         # The initial targets have not learned any values yet
         self.critic_target.reward_scale.zero_()
-        self._mode_dependent = {
-            network: mode_dependent_modules(getattr(self, network)) for network in ("encoder", "critic", "actor")
-        }
+        self._mode_dependent = {network: mode_dependent_modules(getattr(self, network)) for network in self.networks}
         super().train(False)
 
     @property
@@ -198,11 +204,18 @@ class MRQPolicy(BasePolicy):
         """Create the state encoder, the state-action encoder and the linear MDP predictor."""
         extractor = self.make_features_extractor()
         images_at_once = extractor.images_at_once if isinstance(extractor, (CNNExtractor, MultiInputExtractor)) else None
+        state_action = StateActionEncoder(
+            self.z_s_dim, self.actions.dim, self.z_a_dim, self.z_sa_dim, self.net_arch["encoder"], self.activation_fn
+        )
+        if self.greedy:
+            # Xavier's rule counts all inputs, but only one per dimension is not zero. At default sizes, actions would be a
+            # hundredth of the variance in the first layer of g, and values would be late to tell them apart.
+            layer = state_action.action_embedding[0]
+            assert isinstance(self.actions, CategoricalActions) and isinstance(layer, nn.Linear)
+            nn.init.normal_(layer.weight, std=len(self.actions.sizes) ** -0.5)
         return Encoder(
             StateEncoder(extractor, extractor.features_dim, self.z_s_dim, self.activation_fn, images_at_once),
-            StateActionEncoder(
-                self.z_s_dim, self.actions.dim, self.z_a_dim, self.z_sa_dim, self.net_arch["encoder"], self.activation_fn
-            ),
+            state_action,
             MDPPredictor(self.z_sa_dim, self.z_s_dim, self.n_reward_bins, self.reward_bins_limit),
         )
 
@@ -251,6 +264,7 @@ class MRQPolicy(BasePolicy):
                 optimizer_class=self.optimizer_class,
                 optimizer_kwargs=self.optimizer_kwargs,
                 n_critics=self.n_critics,
+                greedy=self.greedy,
             )
         )
         return data
@@ -288,6 +302,7 @@ class MRQPolicy(BasePolicy):
         :param obs: observations of the environment, (B, ...) or a dict of these
         :return: output of the actor before the final activation, (B, A)
         """
+        assert self.actor is not None, "A greedy policy has no actor"
         return self.actor(self.encoder.state(self.preprocess(obs)))
 
     def forward(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -301,18 +316,45 @@ class MRQPolicy(BasePolicy):
         :param sample: whether to sample discrete actions from the Gumbel-softmax; no effect on Box actions
         :return: action vectors a, (B, A)
         """
-        pre_activation = self.pre_activation(observation)
+        return self.choose(self.encoder.state(self.preprocess(observation)), sample)
+
+    def choose(self, z_s: th.Tensor, sample: bool = False) -> th.Tensor:
+        """
+        :param z_s: embeddings of observations, (B, Z)
+        :param sample: whether to sample discrete actions from the Gumbel-softmax; no effect on Box actions and greedy policies
+        :return: action vectors a; of a greedy policy, of the actions of the highest value, mean over the heads, (B, A)
+        """
+        if self.actor is None:
+            assert isinstance(self.actions, CategoricalActions)
+            best = self.all_values(self.encoder, self.critic, z_s).mean(dim=2).argmax(dim=1)
+            return self.actions.list_all(z_s.device).index_select(0, best)
+        pre_activation = self.actor(z_s)
         return self.actions.activation(pre_activation, self.actions.sample_gumbel(pre_activation) if sample else None)
+
+    def all_values(self, encoder: Encoder, critic: Critic, z_s: th.Tensor) -> th.Tensor:
+        """
+        :param encoder: encoder, or its target
+        :param critic: value heads, or their targets
+        :param z_s: embeddings of observations by this encoder, (B, Z)
+        :return: values of all discrete actions in units of the reward scale, (B, n_actions, n_critics)
+        """
+        assert isinstance(self.actions, CategoricalActions)
+        z_sa = encoder.state_action.embed_all(z_s, self.actions.list_all(z_s.device))
+        return critic.value(critic(z_sa)).unflatten(0, (len(z_s), self.actions.n_actions))
 
     def explore(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
         """
         Compute action vectors with exploration noise, before decoding and scaling.
 
         :param observation: observations of the environment, (B, ...) or a dict of these
-        :param noise: standard deviation of the noise on Box actions scaled to [-1, 1], halved for discrete actions
+        :param noise: standard deviation of the noise on Box actions scaled to [-1, 1], halved for discrete actions. For a
+            greedy policy, the probability of a random action.
         :return: action vectors, (B, A)
         """
         with th.no_grad():
+            if self.greedy:
+                assert isinstance(self.actions, CategoricalActions)
+                return self.actions.replace_randomly(self.act(observation, sample=False), noise)
             return self.actions.add_noise(self.act(observation, sample=True), noise)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -327,7 +369,7 @@ class MRQPolicy(BasePolicy):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         Get the policy action from an observation, without exploration noise. Box actions are tanh(u). Discrete actions are the
-        most likely ones if deterministic, else samples from softmax(u).
+        most likely ones if deterministic, else samples from softmax(u); of a greedy policy, those of the highest value.
 
         :param observation: the input observation, one or a batch
         :param state: unused, the policy is not recurrent
@@ -359,17 +401,12 @@ class MRQPolicy(BasePolicy):
                 vectors = self.action_vectors(actions if is_batch else np.asarray(actions)[None])
                 if len(vectors) != len(z_s):
                     raise ValueError(f"There are {len(vectors)} actions for {len(z_s)} observations: pass one for each.")
-                q = self._q(z_s, vectors)
+                q = self.critic.value(self.critic(self.encoder.state_action(z_s, vectors))) * self.critic.reward_scale
             elif isinstance(self.action_space, spaces.Discrete):
-                n = int(self.action_space.n)
-                vectors = th.eye(n, device=z_s.device).repeat(len(z_s), 1)
-                q = self._q(z_s.repeat_interleave(n, dim=0), vectors).unflatten(0, (len(z_s), n))
+                q = self.all_values(self.encoder, self.critic, z_s) * self.critic.reward_scale
             else:
                 raise ValueError(f"The actions of {self.action_space} cannot be listed: pass actions.")
         return (q if is_batch else q[0]).cpu().numpy()
-
-    def _q(self, z_s: th.Tensor, vectors: th.Tensor) -> th.Tensor:
-        return self.critic.value(self.critic(self.encoder.state_action(z_s, vectors))) * self.critic.reward_scale
 
     def action_vectors(self, actions: np.ndarray) -> th.Tensor:
         """

@@ -18,7 +18,7 @@ import recorded_graph
 import torch as th
 from envs import TINY, TINY_POLICY, SpaceEnv, policy_for
 from gymnasium import spaces
-from helpers import NETWORKS, TARGETS
+from helpers import NETWORKS
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_buffer import assert_frequencies
@@ -418,7 +418,8 @@ class TestTraining:
         return model
 
     def assert_same(self, model, other):
-        for name in (*NETWORKS, *TARGETS):
+        networks = model.policy.networks
+        for name in (*networks, *(f"{name}_target" for name in networks)):
             for ours, theirs in zip(getattr(model, name).parameters(), getattr(other, name).parameters(), strict=True):
                 np.testing.assert_allclose(host(ours.detach()), host(theirs.detach()), rtol=1e-4, atol=1e-4)
         assert model.reward_scale == pytest.approx(other.reward_scale)
@@ -452,11 +453,13 @@ class TestTraining:
         assert models[0].replay_buffer.max_priority > 1
         assert float(models[0].actor.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (1 - 510 / 510), abs=1e-5)
 
-    @pytest.mark.parametrize("algorithm", [MRQ, DRQ])
-    def test_host_and_device_agree(self, device, algorithm, monkeypatch):
+    @pytest.mark.parametrize("algorithm, greedy", [(MRQ, False), (DRQ, False), (MRQ, True)])
+    def test_host_and_device_agree(self, device, algorithm, greedy, monkeypatch):
         """The same draws given, training from the host's buffer gives the same weights."""
         # A GPU may keep any of the new priorities of a transition that was drawn twice: there, they are all the same
         settings = dict(algorithm=algorithm) | (dict(min_td_error=100.0) if device == "cuda" else {})
+        if greedy:
+            settings |= dict(action_space=spaces.MultiDiscrete([3, 2]), discrete_policy="greedy")
         models = [self.make(device, **settings), self.make(device, compile_updates=False, **settings)]
         buffer, copies = models[1].replay_buffer, []
 

@@ -18,7 +18,7 @@ import pytest
 import torch as th
 from envs import BOX, IMAGE, VECTOR, SpaceEnv, SwingEnv, policy_for, tiny_model
 from gymnasium import spaces
-from helpers import NETWORKS, snapshot
+from helpers import snapshot
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
@@ -45,6 +45,7 @@ CASES = {
         ("vector", "Box", 1, "unseeded"),
         ("vector", "Box", 2, "drq"),
         ("frames", "Discrete", 1, "drq"),
+        ("vector", "Discrete", 2, "greedy"),
     ]
 }
 
@@ -71,6 +72,8 @@ def make_model(env, observation, kind, **kwargs):
         kwargs["train_freq"] = (1, "episode")
     if kind == "unseeded":
         kwargs["seed"] = None
+    if kind == "greedy":
+        kwargs |= {"discrete_policy": "greedy", "exploration_final_eps": 0.3}
     if kind == "drq":
         kwargs |= {"algorithm": DRQ, "replay_fade": 0.9}
     return tiny_model(env, policy_for(OBSERVATIONS[observation]), learning_rate=lambda p: 1e-3 * p, **kwargs)
@@ -81,7 +84,7 @@ def outcome(model):
     state = model.replay_buffer.get_state()
     result = {
         "weights": snapshot(model.policy),
-        "optimizers": [getattr(model, name).optimizer.state_dict() for name in NETWORKS],
+        "optimizers": [getattr(model, name).optimizer.state_dict() for name in model.policy.networks],
         "returns": [(info["r"], info["l"]) for info in model.ep_info_buffer],
         "numbers": (model._n_updates, model.num_timesteps, model._episode_num, model._current_progress_remaining),
         "scales": (model.reward_scale, model.target_reward_scale),

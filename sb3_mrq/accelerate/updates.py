@@ -23,8 +23,6 @@ from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.learner import Learner
 
-NETWORKS = ("encoder", "critic", "actor")
-
 
 def restore_groups(groups: list[dict[str, Any]], optimizer: th.optim.Optimizer) -> None:
     """
@@ -70,7 +68,7 @@ class Updates:
         self.compiling_failed = False
         self.may_capture = capture is not False and Graph.can_capture(device)
         self._weights: dict[str, list[th.Tensor]] = {}
-        for name in NETWORKS:
+        for name in learner.policy.networks:
             both = [getattr(learner, name), getattr(learner, f"{name}_target")]
             self._weights[name] = [tensor for network in both for tensor in (*network.parameters(), *network.buffers())]
         # A weak reference, so that the memory is freed if the model drops the buffer
@@ -84,8 +82,8 @@ class Updates:
         self._observation_shapes: Any = None
         self._action: th.Tensor | None = None
         self._encoder = Graph(self._encoder_step, device, lambda: self._captured_constants("encoder"))
-        self._value = Graph(self._value_step, device, lambda: self._captured_constants(*NETWORKS))
-        self._act = Graph(self._act_step, device, lambda: self._weight_addresses("encoder", "actor"))
+        self._value = Graph(self._value_step, device, lambda: self._captured_constants(*learner.policy.networks))
+        self._act = Graph(self._act_step, device, lambda: self._weight_addresses(*learner.policy.networks))
 
     # Settings
 
@@ -145,7 +143,7 @@ class Updates:
             if th.are_deterministic_algorithms_enabled():
                 raise CaptureError("torch.use_deterministic_algorithms does not allow the cumulative sums of sampling.")
             self._update_copy(changed)
-            for name in NETWORKS:
+            for name in self.learner.policy.networks:
                 self._prepare_optimizer(name, getattr(self.learner, name).optimizer)
             for graph in (self._encoder, self._value, self._act):
                 graph.check()
@@ -238,7 +236,7 @@ class Updates:
 
     def release(self) -> None:
         """Free the copy on the device, and restore the settings of the optimisers."""
-        for name in NETWORKS:
+        for name in self.learner.policy.networks:
             optimizer = getattr(self.learner, name).optimizer
             restore_groups(optimizer.param_groups, optimizer)
         if self._copy is not None:
@@ -367,7 +365,8 @@ class Updates:
         Compute actions with exploration noise.
 
         :param observation: observations of all environments, (n_envs, ...) or a dict of these
-        :param noise: standard deviation of the exploration noise on Box actions scaled to [-1, 1]
+        :param noise: standard deviation of the exploration noise on Box actions scaled to [-1, 1]. For a greedy policy, the
+            probability of a random action.
         :return: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, action_dim)
         :raises DivergedError: if an action vector is not finite
         """

@@ -15,6 +15,7 @@ import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_mrq.action_spaces import CategoricalActions
 from sb3_mrq.arguments import Number, check_argument
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.diagnostics import measures
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Batch size of forward passes
 _CHUNK = 1024
+# Batch size of values of all actions, states times actions
+_CHUNK_OF_ALL = 16_384
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Diagnosis:
     :param z_sa: collapse indicators of the state-action embedding
     :param map: embeddings in a plane
     :param returns: predicted and realised returns
+    :param agreement: share of the states in which the policy takes the action of the highest value; NaN for Box actions and
+        where there are too many discrete ones
     :param notes: limitations of the numbers, a sentence each
     """
 
@@ -73,6 +78,7 @@ class Diagnosis:
     z_sa: EmbeddingHealth
     map: EmbeddingMap
     returns: ReturnComparison
+    agreement: float = float("nan")
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -114,6 +120,8 @@ class Diagnosis:
                 f"{health.name}/dormant_share": health.dormant_share,
                 f"{health.name}/flags": float(len(health.flags)),
             }
+        if not np.isnan(self.agreement):
+            numbers["policy/agreement"] = self.agreement
         counted = self.returns.counted
         numbers |= {
             "map/variance_share_1": float(self.map.variance_shares[0]),
@@ -190,8 +198,26 @@ class _Networks:
         :return: action vectors of the policy, (N, A)
         """
         actions = self.policy.actions
-        chosen = [actions.decode(actions.activation(self.policy.actor(z))) for (z,) in self._chunks(z_s)]
+        chosen = [actions.decode(self.policy.choose(z)) for (z,) in self._chunks(z_s)]
         return np.concatenate([actions.encode(stored).cpu().numpy() for stored in chosen])
+
+    def agreement(self, z_s: np.ndarray) -> float:
+        """
+        :param z_s: (N, Z)
+        :return: share of the states in which the policy takes the action of the highest value, NaN if actions cannot be listed
+        """
+        actions = self.policy.actions
+        if not isinstance(actions, CategoricalActions) or actions.n_actions > actions.MAX_LISTED:
+            return float("nan")
+        size = max(1, _CHUNK_OF_ALL // actions.n_actions)
+        chosen = self.best_actions(z_s)
+        agree = []
+        for i in range(0, len(z_s), size):
+            z, vectors = (th.as_tensor(array[i : i + size], device=self.device) for array in (z_s, chosen))
+            values = self.policy.all_values(self.policy.encoder, self.policy.critic, z.float()).mean(dim=2)
+            own = (vectors.unsqueeze(1) == actions.list_all(vectors.device)).all(dim=2)
+            agree.append((values.masked_fill(~own, -th.inf).amax(dim=1) >= values.amax(dim=1)).cpu().numpy())
+        return float(np.concatenate(agree).mean())
 
     def predict(self, z_s: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
@@ -365,7 +391,7 @@ def diagnose(
     :param n_episodes: Number of episodes
     :param seed: Seed of the environment, None to leave it unseeded
     :param exploration_noise: Standard deviation of exploration noise as in training (0.2 by default there), to cover states
-        and actions off the policy's path; 0 for none
+        and actions off the policy's path; 0 for none. For a greedy policy, the probability of a random action.
     :param max_steps: Maximum number of transitions; episodes still running are cut off
     :return: The diagnosis
     :raises ValueError: if the environment does not match the model, if a number is out of range, or if actions, embeddings or
@@ -440,5 +466,6 @@ def _diagnose(model: MRQ, env: VecEnv, episodes: list[Episode], max_steps: int) 
         z_sa=embedding_health("z_sa", z_sa),
         map=EmbeddingMap((z_s - mean) @ components.T, values, slice(first_row, first_row + int(lengths[shown]) + 1), shares),
         returns=returns,
+        agreement=networks.agreement(z_s),
         notes=_notes(model, episodes, accuracy, returns, max_steps),
     )

@@ -26,6 +26,7 @@ p { margin: .35rem 0; max-width: 46rem; }
 .about { color: #5a6069; }
 .verdict { border-left: .3rem solid; border-radius: .2rem; padding: .6rem 1rem; margin: 1.25rem 0; }
 .good { border-color: #1c7a3e; background: #eef7f0; }
+.fair { border-color: #b7791f; background: #fdf6e7; }
 .bad { border-color: #b3261e; background: #fcefee; }
 .verdict ul, .notes ul { margin: .25rem 0 0; padding-left: 1.2rem; }
 .notes { color: #5a6069; font-size: .95rem; }
@@ -46,6 +47,7 @@ _GROUPS = {
     "probe": "Linear probe of Q",
     "z_s": "State embedding z_s",
     "z_sa": "State-action embedding z_sa",
+    "policy": "Policy",
     "map": "Map",
     "returns": "Predicted and realised return",
 }
@@ -71,6 +73,7 @@ def thresholds() -> dict[str, Any]:
         "dormant_unit_deviation_up_to": measures.DORMANT,
         "norm_per_sqrt_unit_between": list(limits.UNIT_NORM),
         "tail_weight_up_to": limits.TAIL_WEIGHT,
+        "agreement_from": limits.AGREEMENT,
     }
 
 
@@ -130,6 +133,13 @@ def page(diagnosis: Any, images: dict[str, bytes]) -> str:
         )
     else:
         verdict = '<div class="verdict good"><strong>No collapse is flagged in the embeddings.</strong></div>'
+    if not math.isnan(diagnosis.agreement):
+        fair = diagnosis.agreement < limits.AGREEMENT
+        verdict += (
+            f'<div class="verdict {"fair" if fair else "good"}"><strong>The policy takes the action of the highest value in '
+            f"{100 * diagnosis.agreement:.0f} % of the states.</strong>"
+            f"{' An actor may be stuck: try discrete_policy=&quot;greedy&quot;.' if fair else ''}</div>"
+        )
     notes = f'<div class="notes">Notes:{items(diagnosis.notes)}</div>' if diagnosis.notes else ""
 
     sections = []

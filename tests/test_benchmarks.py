@@ -30,7 +30,8 @@ def test_speed(tmp_path, capsys, monkeypatch):
     # and so does training with the default intervals
     monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5))
     monkeypatch.setattr(speed, "TRAIN_WARM_UP", 2)
-    monkeypatch.setattr(speed, "fastest", partial(speed.fastest, at_least=1))
+    fastest = speed.fastest
+    monkeypatch.setattr(speed, "fastest", lambda function, seconds, at_least=1: fastest(function, seconds, 1))
     monkeypatch.setattr(speed.ImageNoiseEnv, "observation_space", spaces.Box(0, 255, (3, 36, 36), np.uint8))
     arguments = "--seconds 0.02 --large 4000 --small 2000 --train Pendulum-v1 --train-steps 5 --out"
     speed.main([*arguments.split(), str(out)])

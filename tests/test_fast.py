@@ -151,7 +151,7 @@ def trained_plainly(actions):
     "actions, precision, compiled",
     [
         *((actions, "bfloat16", "") for actions in ACTION_SPACES),
-        # Translation to C++ takes a minute. Discrete actions in float32 are translated in test_images_compiled.
+        # Translation to C++ takes more than a minute
         pytest.param("box", "bfloat16", "inductor", marks=needs_compiler),
         ("discrete", "float32", "aot_eager"),
     ],
@@ -178,7 +178,7 @@ def test_500_updates(monkeypatch, actions, precision, compiled):
     assert distance(agent[0], plain, start) < (0.3 if bfloat16 else 1e-4)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("differentiated")
 def test_images_compiled(monkeypatch):
     monkeypatch.setattr(StateEncoder, "COMPILED_PARTS", 2)
     agents = [make("discrete", policy_class=CnnPolicy), make("discrete", policy_class=CnnPolicy, compiled=True)]

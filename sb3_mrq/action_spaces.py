@@ -183,20 +183,6 @@ class CategoricalActions:
             self._all[device] = self.encode(indices + self._constants(device).starts)
         return self._all[device]
 
-    def replace_randomly(self, action: th.Tensor, probability: float | th.Tensor) -> th.Tensor:
-        """
-        Epsilon-greedy exploration.
-
-        :param action: action vectors, (B, A)
-        :param probability: probability of a random action, uniform over all actions of the space
-        :return: action vectors, (B, A)
-        """
-        random = self.encode(
-            th.stack([th.randint(size, (len(action),), device=action.device) for size in self.sizes], dim=1)
-            + self._constants(action.device).starts
-        )
-        return th.where(th.rand((len(action), 1), device=action.device) < probability, random, action)
-
     def encode(self, stored: th.Tensor) -> th.Tensor:
         """
         :param stored: integers of the space, (..., D)

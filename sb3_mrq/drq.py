@@ -60,7 +60,6 @@ class DRQ(MRQ):
     :param encoder_learning_rate: learning rate of the encoder, a number or a schedule
     :param exploration_noise: standard deviation of the noise on actions scaled to [-1, 1], half of it for discrete actions
     :param discrete_policy: ``"greedy"``, ``"actor"`` or ``"auto"``, see :class:`~sb3_mrq.MRQ`
-    :param exploration_final_eps: probability of a random action in rollouts of a greedy policy
     :param target_policy_noise: standard deviation of the target policy's smoothing noise
     :param target_noise_clip: bound on the smoothing noise
     :param max_grad_norm: bound on the gradient norm of the value heads, None (the default) for no bound
@@ -116,7 +115,6 @@ class DRQ(MRQ):
         encoder_learning_rate: float | Schedule = 3e-4,
         exploration_noise: float = 0.2,
         discrete_policy: str = "actor",
-        exploration_final_eps: float = 0.05,
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.3,
         max_grad_norm: float | None = None,
@@ -162,7 +160,6 @@ class DRQ(MRQ):
             encoder_learning_rate=encoder_learning_rate,
             exploration_noise=exploration_noise,
             discrete_policy=discrete_policy,
-            exploration_final_eps=exploration_final_eps,
             target_policy_noise=target_policy_noise,
             target_noise_clip=target_noise_clip,
             max_grad_norm=max_grad_norm,

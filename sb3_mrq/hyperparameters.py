@@ -66,7 +66,6 @@ REQUIREMENTS: dict[str, Requirement] = {
     "encoder_learning_rate": LEARNING_RATE,
     "exploration_noise": Number(least=0, infinite=True),
     "discrete_policy": OneOf(("auto", "greedy", "actor")),
-    "exploration_final_eps": FRACTION,
     "target_policy_noise": NOT_NEGATIVE,
     "target_noise_clip": Number(least=0, infinite=True),
     "max_grad_norm": Number(above=0, infinite=True, optional=True),

@@ -61,11 +61,11 @@ class MRQ(ResumableOffPolicyAlgorithm):
         target networks. Each replacement also updates the reward scale, and is followed by as many encoder updates.
     :param encoder_learning_rate: learning rate of the encoder, or a function of the progress remaining (from 1 to 0)
     :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. It is
-        halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``.
+        halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``. For a
+        greedy policy, the scale of Gumbel noise on values in units of the reward scale, the temperature of their softmax.
     :param discrete_policy: Policy of discrete actions. ``"greedy"`` takes the action of the highest value; the value target is
-        the highest value of the next observation, and random actions explore. ``"actor"`` trains an actor with Gumbel-softmax,
-        as in the paper. ``"auto"`` is greedy for up to ``GREEDY_UP_TO`` actions, counting all combinations.
-    :param exploration_final_eps: Probability of a random action in rollouts of a greedy policy, after ``learning_starts``
+        the highest value of the next observation. ``"actor"`` trains an actor with Gumbel-softmax, as in the paper. ``"auto"``
+        is greedy for up to ``GREEDY_UP_TO`` actions, counting all combinations.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
     :param max_grad_norm: Maximum gradient norm of the value heads, None for no clipping
@@ -143,7 +143,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         encoder_learning_rate: float | Schedule = 1e-4,
         exploration_noise: float = 0.2,
         discrete_policy: str = "actor",
-        exploration_final_eps: float = 0.05,
         target_policy_noise: float = 0.2,
         target_noise_clip: float = 0.3,
         max_grad_norm: float | None = 20.0,
@@ -197,7 +196,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.encoder_learning_rate = encoder_learning_rate
         self.exploration_noise = exploration_noise
         self.discrete_policy = discrete_policy
-        self.exploration_final_eps = exploration_final_eps
         self.target_policy_noise = target_policy_noise
         self.target_noise_clip = target_noise_clip
         self.max_grad_norm = max_grad_norm
@@ -310,8 +308,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return set_up
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
-        noise = self.exploration_final_eps if self.policy.greedy else self.exploration_noise
-        return self.updates.act(obs, noise if with_noise else 0.0)
+        return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
 
     def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
         """

@@ -325,11 +325,22 @@ class MRQPolicy(BasePolicy):
         :return: action vectors a; of a greedy policy, of the actions of the highest value, mean over the heads, (B, A)
         """
         if self.actor is None:
-            assert isinstance(self.actions, CategoricalActions)
-            best = self.all_values(self.encoder, self.critic, z_s).mean(dim=2).argmax(dim=1)
-            return self.actions.list_all(z_s.device).index_select(0, best)
+            return self.best_action(z_s)
         pre_activation = self.actor(z_s)
         return self.actions.activation(pre_activation, self.actions.sample_gumbel(pre_activation) if sample else None)
+
+    def best_action(self, z_s: th.Tensor, noise: float | th.Tensor | None = None) -> th.Tensor:
+        """
+        :param z_s: embeddings of observations, (B, Z)
+        :param noise: scale of Gumbel noise on the values, in units of the reward scale, None for no noise. The action is then
+            a sample of the softmax of the values divided by this temperature.
+        :return: vectors of the actions of the highest value, mean over the heads, (B, A)
+        """
+        assert isinstance(self.actions, CategoricalActions)
+        values = self.all_values(self.encoder, self.critic, z_s).mean(dim=2)
+        if noise is not None:
+            values = values + noise * self.actions.sample_gumbel(values)
+        return self.actions.list_all(z_s.device).index_select(0, values.argmax(dim=1))
 
     def all_values(self, encoder: Encoder, critic: Critic, z_s: th.Tensor) -> th.Tensor:
         """
@@ -348,13 +359,12 @@ class MRQPolicy(BasePolicy):
 
         :param observation: observations of the environment, (B, ...) or a dict of these
         :param noise: standard deviation of the noise on Box actions scaled to [-1, 1], halved for discrete actions. For a
-            greedy policy, the probability of a random action.
+            greedy policy, the scale of the noise on values, see ``best_action``.
         :return: action vectors, (B, A)
         """
         with th.no_grad():
             if self.greedy:
-                assert isinstance(self.actions, CategoricalActions)
-                return self.actions.replace_randomly(self.act(observation, sample=False), noise)
+                return self.best_action(self.encoder.state(self.preprocess(observation)), noise)
             return self.actions.add_noise(self.act(observation, sample=True), noise)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -73,7 +73,7 @@ def make_model(env, observation, kind, **kwargs):
     if kind == "unseeded":
         kwargs["seed"] = None
     if kind == "greedy":
-        kwargs |= {"discrete_policy": "greedy", "exploration_final_eps": 0.3}
+        kwargs["discrete_policy"] = "greedy"
     if kind == "drq":
         kwargs |= {"algorithm": DRQ, "replay_fade": 0.9}
     return tiny_model(env, policy_for(OBSERVATIONS[observation]), learning_rate=lambda p: 1e-3 * p, **kwargs)

@@ -366,7 +366,7 @@ class Updates:
 
         :param observation: observations of all environments, (n_envs, ...) or a dict of these
         :param noise: standard deviation of the exploration noise on Box actions scaled to [-1, 1]. For a greedy policy, the
-            probability of a random action.
+            scale of the noise on values.
         :return: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, action_dim)
         :raises DivergedError: if an action vector is not finite
         """

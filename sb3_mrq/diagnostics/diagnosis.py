@@ -391,7 +391,7 @@ def diagnose(
     :param n_episodes: Number of episodes
     :param seed: Seed of the environment, None to leave it unseeded
     :param exploration_noise: Standard deviation of exploration noise as in training (0.2 by default there), to cover states
-        and actions off the policy's path; 0 for none. For a greedy policy, the probability of a random action.
+        and actions off the policy's path; 0 for none. For a greedy policy, the scale of the noise on values.
     :param max_steps: Maximum number of transitions; episodes still running are cut off
     :return: The diagnosis
     :raises ValueError: if the environment does not match the model, if a number is out of range, or if actions, embeddings or

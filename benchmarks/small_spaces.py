@@ -108,11 +108,11 @@ class RandomFloor(MRQ):
 #: algorithm and its arguments
 AGENTS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "actor": (MRQ, dict(discrete_policy="actor")),
-    "actor, 5 % random": (RandomFloor, dict(discrete_policy="actor")),
-    "actor, faster encoder": (MRQ, dict(discrete_policy="actor", encoder_learning_rate=1e-3)),
-    "actor, stronger penalty": (MRQ, dict(discrete_policy="actor", pre_activation_weight=1e-2)),
+    "actor-5-percent-random": (RandomFloor, dict(discrete_policy="actor")),
+    "actor-faster-encoder": (MRQ, dict(discrete_policy="actor", encoder_learning_rate=1e-3)),
+    "actor-stronger-penalty": (MRQ, dict(discrete_policy="actor", pre_activation_weight=1e-2)),
     "greedy": (MRQ, dict(discrete_policy="greedy")),
-    "greedy, no noise": (MRQ, dict(discrete_policy="greedy", exploration_noise=0.0)),
+    "greedy-no-noise": (MRQ, dict(discrete_policy="greedy", exploration_noise=0.0)),
     "drq": (DRQ, dict(discrete_policy="greedy")),
     "dqn": (DQN, dict(learning_rate=1e-3, train_freq=1, target_update_interval=250, exploration_fraction=0.5)),
     "td3": (TD3, dict(learning_rate=1e-3, action_noise=NormalActionNoise(np.zeros(1), 0.1 * np.ones(1)))),
@@ -241,7 +241,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="bandit-Discrete", help=f"of {', '.join(TASKS)} (default: %(default)s)")
-    parser.add_argument("--agents", default="actor,greedy", help=f"of {'; '.join(AGENTS)} (default: %(default)s)")
+    parser.add_argument("--agents", default="actor,greedy", help=f"of {', '.join(AGENTS)} (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/small-spaces"), help="folder for table and figure")
     args = parser.parse_args(arguments)

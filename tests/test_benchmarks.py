@@ -7,11 +7,13 @@ import math
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch as th
+from envs import TINY_POLICY
 from gymnasium import spaces
 
-from benchmarks import memory, speed
+from benchmarks import memory, small_spaces, speed
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.accelerate.precision import bfloat16_is_fast
@@ -72,6 +74,27 @@ def test_memory(tmp_path):
     figures = json.loads(out.read_text())
     assert 2900 < figures["transitions"] < 3000
     assert 0 <= figures["buffer_gb"] < 0.05
+
+
+@pytest.mark.parametrize("task", ["bandit-MultiDiscrete", "IdentityEnvBox"])
+def test_small_spaces(task, tmp_path, monkeypatch):
+    """A table with all numbers, and the figure of a bandit."""
+    monkeypatch.setattr(small_spaces, "UNITS", TINY_POLICY)
+    make_env, gamma, *_ = small_spaces.TASKS[task]
+    monkeypatch.setitem(small_spaces.TASKS, task, (make_env, gamma, 20, 60))
+    agents = "greedy,td3" if task == "IdentityEnvBox" else "actor,greedy,a2c"
+    small_spaces.main(["--tasks", task, "--agents", agents, "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "small-spaces.csv", comment="#")
+    assert table.groupby("agent")["step"].max().tolist() == [80] * table["agent"].nunique()
+    assert table["return"].between(0, 100).all()
+    if task == "IdentityEnvBox":
+        return
+    ours = table[table["agent"] != "a2c"]
+    assert (table[table["agent"] == "greedy"]["policy_follows_values"] == 1).all()
+    for column in ("values_right", "policy_right", "policy_follows_values"):
+        assert ours[column].between(0, 1).all()
+    assert ours["actions_tried"].between(1, 16).all()
+    assert (tmp_path / "small-spaces.png").stat().st_size > 10_000
 
 
 def test_plain_implementation_computes_the_same():

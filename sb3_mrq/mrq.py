@@ -114,7 +114,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     actor_target: Actor | None
 
     NETWORKS = ("encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target")
-    # Most discrete actions for which the policy is greedy by default. With more of them, their values take most of the time.
+    # Most discrete actions for which "auto" is greedy. With more of them, their values take most of the time.
     GREEDY_UP_TO = 32
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50

@@ -127,6 +127,8 @@ class CategoricalActions:
     NOISE_SCALE = 0.5
     # Most actions whose values are all computed: at default sizes, a batch of them takes two gigabytes for each layer
     MAX_LISTED = 4096
+    # Most actions for which a policy is greedy by itself. With more of them, their values take most of the time.
+    GREEDY_UP_TO = 32
 
     def __init__(self, space: spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary, temperature: float = 10.0):
         if isinstance(space, spaces.Discrete):
@@ -267,3 +269,15 @@ def check_can_list(actions: BoxActions | CategoricalActions, space: spaces.Space
     raise UnsupportedSpaceError(
         f"A greedy policy compares the values of all actions, but {space} {fault}: pass discrete_policy='actor'."
     )
+
+
+def is_greedy(discrete_policy: str, space: spaces.Space) -> bool:
+    """
+    :param discrete_policy: "greedy", "actor", or "auto" to choose by the number of actions
+    :param space: the action space
+    :return: whether the policy takes the action of the highest value, never for Box actions
+    """
+    actions = make_actions(space)
+    if not isinstance(actions, CategoricalActions):
+        return False
+    return discrete_policy == "greedy" or (discrete_policy == "auto" and actions.n_actions <= actions.GREEDY_UP_TO)

@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
-from sb3_mrq.action_spaces import CategoricalActions, make_actions
+from sb3_mrq.action_spaces import is_greedy, make_actions
 from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.extractors import check_observation_space
@@ -65,7 +65,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         greedy policy, the scale of Gumbel noise on values in units of the reward scale, the temperature of their softmax.
     :param discrete_policy: Policy of discrete actions. ``"greedy"`` takes the action of the highest value; the value target is
         the highest value of the next observation. ``"actor"`` trains an actor with Gumbel-softmax, as in the paper. ``"auto"``
-        is greedy for up to ``GREEDY_UP_TO`` actions, counting all combinations.
+        is greedy for up to 32 actions, counting all combinations.
     :param target_policy_noise: Standard deviation of Gaussian noise added to target policy (smoothing noise)
     :param target_noise_clip: Limit for absolute value of target policy smoothing noise.
     :param max_grad_norm: Maximum gradient norm of the value heads, None for no clipping
@@ -114,8 +114,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
     actor_target: Actor | None
 
     NETWORKS = ("encoder", "encoder_target", "critic", "critic_target", "actor", "actor_target")
-    # Most discrete actions for which "auto" is greedy. With more of them, their values take most of the time.
-    GREEDY_UP_TO = 32
     # Training steps between two transfers of the losses from the device to the logger
     METRICS_INTERVAL = 50
     # Steps from which compiling saves time: at default sizes it took 5 to 74 seconds and saved 12 to 54 ms per step
@@ -241,7 +239,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self.lr_schedule,
             encoder_lr_schedule=self.encoder_lr_schedule,
             **self.policy_kwargs,
-            **({"greedy": True} if self._is_greedy() else {}),
+            **({"greedy": True} if is_greedy(self.discrete_policy, self.action_space) else {}),
         )
         self.policy = self.policy.to(self.device)
         for name in self.NETWORKS:
@@ -255,12 +253,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.updates.compile(self.compile_updates is True)
         if self.verbose >= 1 and self.precision == "auto" and self.learner.hyperparameters.precision == "bfloat16":
             print("Using bfloat16 for matrix products of updates")
-
-    def _is_greedy(self) -> bool:
-        actions = make_actions(self.action_space)
-        if not isinstance(actions, CategoricalActions):
-            return False
-        return self.discrete_policy == "greedy" or (self.discrete_policy == "auto" and actions.n_actions <= self.GREEDY_UP_TO)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()

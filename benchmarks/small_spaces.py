@@ -39,6 +39,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 
 from benchmarks.evaluation import processor
 from sb3_mrq import DRQ, MRQ
+from sb3_mrq.action_spaces import CategoricalActions, make_actions
 
 #: rollouts whose actions are counted
 RECENT = 1000
@@ -77,10 +78,9 @@ def all_actions(space: spaces.Space) -> np.ndarray:
     :param space: a discrete space
     :return: all of its actions, (n, dimensions)
     """
-    if isinstance(space, spaces.Discrete):
-        return np.arange(space.n)[:, None]
-    sizes = space.nvec if isinstance(space, spaces.MultiDiscrete) else [2] * space.n
-    return np.array(list(itertools.product(*map(range, sizes))))
+    actions = make_actions(space)
+    assert isinstance(actions, CategoricalActions)
+    return actions.decode(actions.list_all(th.device("cpu"))).numpy()
 
 
 #: environment, discount factor, random steps and further steps

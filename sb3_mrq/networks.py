@@ -172,9 +172,9 @@ class StateActionEncoder(nn.Module):
 
     def join(self, z_s: th.Tensor, projected_action: th.Tensor) -> th.Tensor:
         """
-        :param z_s: (B, Z)
-        :param projected_action: output of ``project_action``, (B, net_arch[0])
-        :return: z_sa, (B, ZSA)
+        :param z_s: (..., Z)
+        :param projected_action: output of ``project_action``, (..., net_arch[0]), with leading axes that broadcast
+        :return: z_sa, (..., ZSA)
         """
         return self.layers(self.state_input(z_s) + projected_action)
 
@@ -184,8 +184,7 @@ class StateActionEncoder(nn.Module):
         :param actions: actions that are all embedded with each state, (K, A)
         :return: z_sa, (B * K, ZSA)
         """
-        first = self.state_input(z_s).unsqueeze(1) + self.project_action(actions)
-        return self.layers(first.flatten(0, 1))
+        return self.join(z_s.unsqueeze(1), self.project_action(actions)).flatten(0, 1)
 
     def forward(self, z_s: th.Tensor, action: th.Tensor) -> th.Tensor:
         """

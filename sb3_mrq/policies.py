@@ -379,7 +379,7 @@ class MRQPolicy(BasePolicy):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         Get the policy action from an observation, without exploration noise. Box actions are tanh(u). Discrete actions are the
-        most likely ones if deterministic, else samples from softmax(u); of a greedy policy, those of the highest value.
+        most likely ones if deterministic, else samples from softmax(u). A greedy policy takes the action of the highest value.
 
         :param observation: the input observation, one or a batch
         :param state: unused, the policy is not recurrent

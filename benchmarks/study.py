@@ -56,10 +56,15 @@ SUITES: dict[str, tuple[tuple[str, ...], int, int]] = {
     "atari": (ATARI_GAMES, 2_500_000, 100_000),
 }
 
+#: networks for classic control, a quarter of the default width
+SMALL = "dict(net_arch=dict(encoder=[128, 128], qf=[128, 128, 128], pi=[128, 128]), z_s_dim=128, z_a_dim=64, z_sa_dim=128)"
+
 #: further algorithm names: the algorithm in rl-zoo3, and hyperparameters in the format of rl-zoo3's command line
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "mrq-float32": ("mrq", {"precision": "'float32'"}),
     "mrq-bfloat16": ("mrq", {"precision": "'bfloat16'"}),
+    "mrq-greedy-small": ("mrq", {"discrete_policy": "'greedy'", "precision": "'float32'", "policy_kwargs": SMALL}),
+    "mrq-actor-small": ("mrq", {"discrete_policy": "'actor'", "precision": "'float32'", "policy_kwargs": SMALL}),
     "mrq-no-encoder-loss": (
         "mrq",
         {"dynamics_loss_weight": "0.0", "reward_loss_weight": "0.0", "termination_loss_weight": "0.0"},

@@ -4,6 +4,8 @@ Features extractors of MR.Q's state encoder, for SB3's ``features_extractor_clas
 Shapes: ``B`` batch, images (C, H, W). Inputs are preprocessed observations: floats, images in [0, 1], one-hot vectors.
 """
 
+import math
+
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space
@@ -39,6 +41,27 @@ def check_observation_space(space: spaces.Space) -> None:
             )
 
 
+def vector_mlp(input_dim: int, net_arch: tuple[int, ...], activation_fn: type[nn.Module]) -> nn.Sequential:
+    """
+    Linear layer, layer norm and activation for each hidden layer, with initialised weights.
+
+    With zero biases, layer norm divides out a factor common to the whole input: of one number, only the sign would remain. So
+    for inputs of one or two elements, the biases of the first layer are random, as if a constant 1 were one more element.
+
+    :param input_dim: size of the input
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    :return: the network
+    """
+    layers = layer_norm_mlp(input_dim, list(net_arch), activation_fn)
+    layers.apply(init_weights)
+    first = layers[0]
+    if input_dim <= 2 and isinstance(first, nn.Linear):
+        bound = math.sqrt(2) * math.sqrt(6 / (input_dim + 1 + first.out_features))
+        nn.init.uniform_(first.bias, -bound, bound)
+    return layers
+
+
 class MLPExtractor(BaseFeaturesExtractor):
     """
     Flatten, then linear layer, layer norm and activation for each hidden layer.
@@ -62,8 +85,7 @@ class MLPExtractor(BaseFeaturesExtractor):
                 f"MlpPolicy does not take Dict observations ({observation_space}): use MultiInputPolicy."
             )
         super().__init__(observation_space, net_arch[-1])
-        self.layers = layer_norm_mlp(get_flattened_obs_dim(observation_space), list(net_arch), activation_fn)
-        self.layers.apply(init_weights)
+        self.layers = vector_mlp(get_flattened_obs_dim(observation_space), net_arch, activation_fn)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
@@ -175,9 +197,7 @@ class MultiInputExtractor(BaseFeaturesExtractor):
             self.images_at_once = None
         self.cnns = nn.ModuleList(cnns.values())
         self.vector_keys = [key for key in observation_space.spaces if key not in cnns]
-        self.mlp = layer_norm_mlp(vector_dim, list(net_arch), activation_fn) if vector_dim > 0 else None
-        if self.mlp is not None:
-            self.mlp.apply(init_weights)
+        self.mlp = vector_mlp(vector_dim, net_arch, activation_fn) if vector_dim > 0 else None
 
     def forward(self, observations: dict[str, th.Tensor]) -> th.Tensor:
         """

@@ -11,6 +11,7 @@ import numpy as np
 import numpy_agent as reference
 import pytest
 import torch as th
+from envs import BOX
 from gymnasium import spaces
 from helpers import (
     NETWORKS,
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sb3_mrq.learner import Noise
 from sb3_mrq.networks import EnsembleLinear
-from sb3_mrq.policies import CnnPolicy
+from sb3_mrq.policies import CnnPolicy, MultiInputPolicy
 
 OBS_DIM = 3
 HORIZON, N_STEPS = 5, 3
@@ -463,6 +464,20 @@ def test_initialisation(suite):
         assert abs(value.mean()) < tolerance * bound, name
         assert abs(value.std() / (bound / np.sqrt(3)) - 1) < tolerance, name
     assert np.abs(layers["q1.1.weight"] - layers["q2.1.weight"]).max() > 0
+
+
+@pytest.mark.parametrize("size, keeps_scale", [(1, True), (2, True), (3, False)])
+@pytest.mark.parametrize("in_dict", [False, True])
+def test_scale_of_small_observations(size, keeps_scale, in_dict):
+    """Layer norm of W x is the same for x and 10 x, so observations of one or two numbers have random biases."""
+    space = spaces.Box(-10, 10, (size,))
+    th.manual_seed(0)
+    policy = make_policy(spaces.Dict(x=space), BOX, MultiInputPolicy) if in_dict else make_policy(space, BOX)
+    obs = th.linspace(0.3, 0.9, size).repeat(2, 1) * th.tensor([[1.0], [10.0]])
+    with th.no_grad():
+        small, large = policy.encoder.state({"x": obs} if in_dict else obs)
+    difference = (small - large).norm() / small.norm()
+    assert difference > 0.1 if keeps_scale else difference < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------------------

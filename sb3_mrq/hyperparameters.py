@@ -13,6 +13,7 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_mrq.arguments import Instance, Number, OneOf, Requirement, Switch, check_argument, plain
@@ -221,6 +222,11 @@ def check_hyperparameters(model: Any) -> None:
             raise ValueError(f"replay_buffer_kwargs sets {name}, but the model needs it too: pass {argument} to the model.")
     buffer_class = model.replay_buffer_class
     is_ours = isinstance(buffer_class, type) and issubclass(buffer_class, SubtrajectoryReplayBuffer)
+    if buffer_class is HerReplayBuffer:
+        raise ValueError(
+            "HerReplayBuffer cannot sample the sub-trajectories that MR.Q learns from: pass "
+            "sb3_mrq.buffers.HerSubtrajectoryReplayBuffer, which takes the same arguments."
+        )
     if buffer_class is not None and not is_ours:
         raise ValueError(
             f"{getattr(buffer_class, '__name__', repr(buffer_class))} cannot sample the sub-trajectories that MR.Q learns "

@@ -142,6 +142,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._buffer_hyperparameters = kwargs
         if self.replay_buffer is None:
             self.replay_buffer = self._make_replay_buffer()
+        self.replay_buffer.set_env(self.env)
 
     def _make_replay_buffer(self) -> SubtrajectoryReplayBuffer:
         """
@@ -391,6 +392,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """
         self.final_checks = FinalObservationChecks()
         super().set_env(env, force_reset)  # type: ignore[arg-type]
+        if self.replay_buffer is not None:
+            self.replay_buffer.set_env(self.env)
 
     def _count_env_steps(self) -> list[int] | None:
         return None if self.env is None or self._last_obs is None else count_env_steps(self.env)
@@ -512,6 +515,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         replay_buffer.device = get_device(self.device)
         # The device may not have enough memory for two copies
         like.detach_copy()
+        replay_buffer.set_env(self.env)
         self.replay_buffer = replay_buffer
 
     def _excluded_save_params(self) -> list[str]:

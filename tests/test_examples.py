@@ -22,6 +22,7 @@ LAST_WORDS = {
     "dm_control_pixels": ("4 training steps", 8),
     "export_onnx": ("policy.onnx: .* actions differ from model.predict by at most", 12),
     "first_steps": ("one episode: -", 40),
+    "goals": ("mean return -", 60),
     "parallel_environments": ("24 steps of 4 environments, 8 training steps", 24),
     "resume_after_crash": ("finished after 20 steps, 20 transitions", 20),
     "search": ("best of 2 trials: -.* with {'learning_rate'", 12),

@@ -138,6 +138,8 @@ class Updates:
         try:
             if vec_normalize is not None:
                 raise CaptureError("VecNormalize is not supported on a device.")
+            if replay_buffer.only_on_host:
+                raise CaptureError(f"A {type(replay_buffer).__name__} samples only on the host.")
             if threading.current_thread() is not threading.main_thread():
                 raise CaptureError("Torch captures one graph at a time, so capturing works only in the main thread.")
             if th.are_deterministic_algorithms_enabled():

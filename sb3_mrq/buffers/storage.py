@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq.buffers.frames import ObservationStorage
 from sb3_mrq.buffers.priorities import FadedPriorityTree, PriorityTree
@@ -68,6 +69,9 @@ class SegmentStorage(ReplayBuffer):
 
     # Called with a capacity, and for a copy also with a device
     priorities_class: Callable[..., PriorityTree] = PriorityTree
+    # Whether transitions can be sampled only after the end of their episode, and whether sampling needs the host
+    waits_for_end = False
+    only_on_host = False
     # Number of slots processed at once in operations on all slots
     CHUNK = 1 << 17
 
@@ -334,6 +338,7 @@ class SegmentStorage(ReplayBuffer):
 
         self.actions[slots] = action
         self.rewards[slots] = reward
+        self._store_infos(slots, infos)
         flags = np.full(self.n_envs, HAS_OBSERVATION | HAS_TRANSITION, dtype=np.uint8)
         if ended:
             truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool)
@@ -353,11 +358,21 @@ class SegmentStorage(ReplayBuffer):
         self._running[:] = True
         self._last_next_obs = next_obs_
         complete = self._length >= self.lookahead
-        if np.count_nonzero(complete):
+        if not self.waits_for_end and np.count_nonzero(complete):
             self._activate(self._ring[complete] + (self._write_pos[complete] - self.lookahead) % self.buffer_size)
         if ended:
             self._close(done)
         self.pos = int(self._write_pos[0])
+
+    def _store_infos(self, slots: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """Store the infos of transitions, for a subclass that needs them."""
+
+    def set_env(self, env: VecEnv | None) -> None:
+        """
+        Called with the environments of the model, also after they have changed. A subclass may use them to read samples.
+
+        :param env: the environments
+        """
 
     def _prepare_storages(
         self, obs: dict[str | None, np.ndarray], next_obs: dict[str | None, np.ndarray], beginning: np.ndarray
@@ -453,8 +468,9 @@ class SegmentStorage(ReplayBuffer):
         last = (ring + (write_pos - 1) % self.buffer_size)[:, 0]
         self._flags[last] |= ENDED
         self._changed(last)
-        if self.lookahead > 1:
-            back = np.arange(1, self.lookahead)
+        n_waiting = min(int(length.max()), self.buffer_size - 1) if self.waits_for_end else self.lookahead - 1
+        if n_waiting > 0:
+            back = np.arange(1, n_waiting + 1)
             waiting = ring + (write_pos - back) % self.buffer_size
             self._activate(waiting[back <= length])
         self._write_pos[envs] = (self._write_pos[envs] + 1) % self.buffer_size

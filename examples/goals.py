@@ -1,0 +1,30 @@
+"""
+Goals: flip bits one by one until they match a pattern. Only the match is rewarded, which chance hardly ever finds among 32,768
+patterns. With relabelled goals every episode teaches something.
+
+    python examples/goals.py
+"""
+
+import os
+
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_mrq import MRQ
+from sb3_mrq.buffers import HerSubtrajectoryReplayBuffer
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "30000"))
+
+model = MRQ(
+    "MultiInputPolicy",
+    BitFlippingEnv(n_bits=15, continuous=False),
+    replay_buffer_class=HerSubtrajectoryReplayBuffer,
+    replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="future"),
+    learning_starts=min(5_000, STEPS // 2),
+    seed=0,
+    verbose=1,
+)
+model.learn(STEPS)
+# A step costs 1 until the pattern matches: -15 is an episode that has failed
+returns, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
+print(f"mean return {returns:.1f}")

@@ -19,6 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
 from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
 from sb3_mrq.accelerate.updates import Updates, restore_groups
+from sb3_mrq.action_noise import hold_noise
 from sb3_mrq.action_spaces import is_greedy, make_actions
 from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.checks import DivergedError
@@ -212,6 +213,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.precision = precision
         self.compile_updates = compile_updates
 
+        # Noise on values in the last step
+        self._held_noise: np.ndarray | None = None
         # Training step before which the targets were last replaced, and number of encoder updates since then
         self._targets_replaced_at: int | None = None
         self._n_encoder_updates = 0
@@ -300,7 +303,11 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return set_up
 
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
-        return self.updates.act(obs, self.exploration_noise if with_noise else 0.0)
+        noise = self.exploration_noise if with_noise else 0.0
+        if self.policy.greedy:
+            self._held_noise = hold_noise(self._held_noise, (self.n_envs, self.policy.n_actions))
+            return self.updates.act(obs, noise * self._held_noise)
+        return self.updates.act(obs, noise)
 
     def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
         """

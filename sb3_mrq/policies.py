@@ -182,6 +182,12 @@ class MRQPolicy(BasePolicy):
         """Device of the networks, faster than in BasePolicy, which searches all parameters at each action."""
         return self.encoder.predictor.bins.device
 
+    @property
+    def n_actions(self) -> int:
+        """Number of discrete actions, all combinations counted."""
+        assert isinstance(self.actions, CategoricalActions)
+        return self.actions.n_actions
+
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
         Create the features extractor. The extractors of this package and their subclasses get ``net_arch``, ``activation_fn``
@@ -329,17 +335,14 @@ class MRQPolicy(BasePolicy):
         pre_activation = self.actor(z_s)
         return self.actions.activation(pre_activation, self.actions.sample_gumbel(pre_activation) if sample else None)
 
-    def best_action(self, z_s: th.Tensor, noise: float | th.Tensor | None = None) -> th.Tensor:
+    def best_action(self, z_s: th.Tensor, noise: float | th.Tensor = 0.0) -> th.Tensor:
         """
         :param z_s: embeddings of observations, (B, Z)
-        :param noise: scale of Gumbel noise on the values, in units of the reward scale, None for no noise. The action is then
-            a sample of the softmax of the values divided by this temperature.
+        :param noise: noise on the values, in units of the reward scale, 0 or (B, n_actions)
         :return: vectors of the actions of the highest value, mean over the heads, (B, A)
         """
         assert isinstance(self.actions, CategoricalActions)
-        values = self.all_values(self.encoder, self.critic, z_s).mean(dim=2)
-        if noise is not None:
-            values = values + noise * self.actions.sample_gumbel(values)
+        values = self.all_values(self.encoder, self.critic, z_s).mean(dim=2) + noise
         return self.actions.list_all(z_s.device).index_select(0, values.argmax(dim=1))
 
     def all_values(self, encoder: Encoder, critic: Critic, z_s: th.Tensor) -> th.Tensor:
@@ -351,7 +354,7 @@ class MRQPolicy(BasePolicy):
         """
         assert isinstance(self.actions, CategoricalActions)
         z_sa = encoder.state_action.embed_all(z_s, self.actions.list_all(z_s.device))
-        return critic.value(critic(z_sa)).unflatten(0, (len(z_s), self.actions.n_actions))
+        return critic.value(critic(z_sa)).unflatten(0, (len(z_s), self.n_actions))
 
     def explore(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
         """
@@ -359,7 +362,7 @@ class MRQPolicy(BasePolicy):
 
         :param observation: observations of the environment, (B, ...) or a dict of these
         :param noise: standard deviation of the noise on Box actions scaled to [-1, 1], halved for discrete actions. For a
-            greedy policy, the scale of the noise on values, see ``best_action``.
+            greedy policy, the noise itself, see ``best_action``.
         :return: action vectors, (B, A)
         """
         with th.no_grad():

@@ -15,9 +15,11 @@ from gymnasium import spaces
 from helpers import make_learner, make_policy, set_scales, snapshot
 from stable_baselines3.common.envs import IdentityEnv, IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_mrq import DRQ, MRQ
 from sb3_mrq.accelerate.graphs import Graph
+from sb3_mrq.action_noise import hold_noise
 from sb3_mrq.buffers import NStepSamples
 from sb3_mrq.diagnostics import diagnose
 from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
@@ -187,35 +189,42 @@ def test_choice(space, choice, greedy, algorithm):
     assert model.policy.greedy == greedy == (model.actor is None)
 
 
-@pytest.mark.parametrize("noise", [0.5, 3.0])
-def test_exploration(noise):
-    """Actions are samples of the softmax of their values, divided by the noise."""
+@pytest.mark.parametrize("scale", [0.25, 1.5])
+def test_exploration(scale):
+    """Half of the environments take the action of the highest value, the others a sample of softmax(values / (2 scale))."""
     space, actions = SPACES["multi"]
     policy = greedy_policy(space)
-    n = 20_000
+    n = 40_000
     obs = th.full((1, 3), 0.5)
     with th.no_grad():
         values = policy.all_values(policy.encoder, policy.critic, policy.encoder.state(obs))[0].mean(dim=1)
-    th.manual_seed(0)
+    np.random.seed(0)
+    noise = scale * th.as_tensor(hold_noise(None, (n, len(actions))), dtype=th.float32)
     taken = policy.actions.decode(policy.explore(obs.expand(n, 3), noise)).tolist()
     counts = np.array([taken.count(action) for action in actions])
-    expected = (values / noise).softmax(dim=0).numpy()
-    assert 0.01 < expected.min() < expected.max() < 0.9
+    expected = 0.5 * (values / (2 * scale)).softmax(dim=0).numpy()
+    assert 0.005 < expected.min() < expected.max() < 0.45
+    expected[values.argmax()] += 0.5
     np.testing.assert_allclose(counts / n, expected, atol=5 * np.sqrt(0.25 / n))
-    assert (policy.explore(obs.expand(n, 3), 0.0) == policy.act(obs, sample=False)).all()
 
 
-def test_no_noise_draws_nothing():
-    """Also when ``predict`` is not deterministic."""
-    policy = greedy_policy(DISCRETE)
-    state = th.get_rng_state()
-    for deterministic in (True, False):
-        policy.predict(np.zeros((5, 3), dtype=np.float32), deterministic=deterministic)
-    assert th.equal(state, th.get_rng_state())
+def test_noise_is_held():
+    """Each environment keeps its noise for four steps on average."""
+    np.random.seed(0)
+    noise, n_changed = hold_noise(None, (100, 5)), 0
+    for _ in range(1000):
+        before, noise = noise, hold_noise(noise, (100, 5))
+        changed = (noise != before).any(axis=1)
+        n_changed += changed.sum()
+        assert (noise[~changed] == before[~changed]).all()
+    # One renewed noise in four is none, as the one before it
+    assert n_changed / 100_000 == pytest.approx(0.25 * 0.75, abs=0.01)
+    assert (noise == 0).all(axis=1).mean() == pytest.approx(0.5, abs=0.2)
+    assert hold_noise(noise, (3, 5)).shape == (3, 5)
 
 
 def test_exploration_in_rollouts():
-    model = greedy_model()
+    model = greedy_model(DummyVecEnv([partial(SpaceEnv, action_space=DISCRETE)] * 300))
     obs = np.zeros((300, 3), dtype=np.float32)
     for noise, n_taken in ((0.0, 1), (1e6, 3)):
         model.exploration_noise = noise

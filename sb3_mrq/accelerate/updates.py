@@ -23,6 +23,9 @@ from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.checks import DivergedError
 from sb3_mrq.learner import Learner
 
+# Key of the exploration noise among the observations that are sent to a device; keys of a space are strings
+NOISE = 0
+
 
 def restore_groups(groups: list[dict[str, Any]], optimizer: th.optim.Optimizer) -> None:
     """
@@ -77,7 +80,6 @@ class Updates:
         self._vec_normalize: VecNormalize | None = None
         self._copy: DeviceCopy | None = None
         self._learning_rates = Scalars(device)
-        self._noise = Scalars(device)
         self._observation: Staging | None = None
         self._observation_shapes: Any = None
         self._action: th.Tensor | None = None
@@ -362,34 +364,34 @@ class Updates:
         """
         return (self._copy or self.replay_buffer).sample_n_step(self.batch_size, self._vec_normalize)
 
-    def act(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> np.ndarray:
+    def act(self, observation: np.ndarray | dict[str, np.ndarray], noise: float | np.ndarray) -> np.ndarray:
         """
         Compute actions with exploration noise.
 
         :param observation: observations of all environments, (n_envs, ...) or a dict of these
         :param noise: standard deviation of the exploration noise on Box actions scaled to [-1, 1]. For a greedy policy, the
-            scale of the noise on values.
+            noise on values, (n_envs, n_actions).
         :return: Box actions scaled to [-1, 1], discrete actions as integers of the space, (n_envs, action_dim)
         :raises DivergedError: if an action vector is not finite
         """
-        action = self._explore(observation, noise)
+        action = self._explore(observation, np.atleast_1d(np.float32(noise)))
         # Checked before decoding, which would return a valid discrete action in any case
         if not th.isfinite(action).all():
             raise DivergedError(f"the policy's action is {action.tolist()}")
         return self.learner.actions.decode(action).numpy()
 
-    def _explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> th.Tensor:
+    def _explore(self, observation: np.ndarray | dict[str, np.ndarray], noise: np.ndarray) -> th.Tensor:
         if self._copy is not None:
             try:
                 return self._explore_captured(observation, noise)
             except CaptureError as error:
                 self._disable_capturing(error)
         policy = self.learner.policy
-        return policy.explore(policy.obs_to_tensor(observation)[0], noise).cpu()
+        return policy.explore(policy.obs_to_tensor(observation)[0], th.as_tensor(noise, device=self.device)).cpu()
 
-    def _explore_captured(self, observation: np.ndarray | dict[str, np.ndarray], noise: float) -> th.Tensor:
-        self._noise.set(std=noise)
-        values: dict[Any, np.ndarray] = observation if isinstance(observation, dict) else {None: observation}
+    def _explore_captured(self, observation: np.ndarray | dict[str, np.ndarray], noise: np.ndarray) -> th.Tensor:
+        values: dict[Any, np.ndarray] = dict(observation) if isinstance(observation, dict) else {None: observation}
+        values[NOISE] = noise
         shapes = {key: (value.shape, th.from_numpy(value[:0]).dtype) for key, value in values.items()}
         if self._observation is None or shapes != self._observation_shapes:
             self._observation_shapes = shapes
@@ -409,5 +411,6 @@ class Updates:
 
     def _act_step(self) -> th.Tensor:
         assert self._observation is not None
-        values: Any = self._observation.device_arrays
-        return self.learner.policy.explore(values[None] if None in values else values, self._noise["std"])
+        values: Any = dict(self._observation.device_arrays)
+        noise = values.pop(NOISE)
+        return self.learner.policy.explore(values[None] if None in values else values, noise)

@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from torch.nn import functional as F
 
+from sb3_mrq.action_noise import hold_noise
 from sb3_mrq.checks import DivergedError, copy_observation
 from sb3_mrq.mrq import MRQ
 from sb3_mrq.observations import images_to_floats, map_observation
@@ -222,7 +223,12 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
     """
     is_box = isinstance(model.action_space, spaces.Box)
     if noise > 0:
-        vectors = model.policy.explore(model.policy.obs_to_tensor(obs)[0], noise)
+        added: Any = noise
+        if model.policy.greedy:
+            added = th.as_tensor(
+                noise * hold_noise(None, (n_envs, model.policy.n_actions)), dtype=th.float32, device=model.device
+            )
+        vectors = model.policy.explore(model.policy.obs_to_tensor(obs)[0], added)
         if not th.isfinite(vectors).all():
             raise DivergedError(f"the policy's action is {vectors.tolist()}")
         stored = model.policy.actions.decode(vectors).cpu().numpy().reshape(n_envs, *model.action_space.shape)  # type: ignore[misc]

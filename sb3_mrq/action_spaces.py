@@ -82,6 +82,14 @@ class BoxActions:
         """
         return (action + (std * noise).clamp(-clip, clip)).clamp(-1, 1)
 
+    def cloning_loss(self, pre_activation: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        :param pre_activation: u, (B, A)
+        :param action: actions to imitate, (B, A)
+        :return: mean squared error, 0-d
+        """
+        return F.mse_loss(th.tanh(pre_activation), action)
+
     def add_noise(self, action: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """
         Exploration noise.
@@ -225,6 +233,16 @@ class CategoricalActions:
         """
         std, clip = self.NOISE_SCALE * std, self.NOISE_SCALE * clip
         return self.encode(self.decode(action + (std * noise).clamp(-clip, clip)))
+
+    def cloning_loss(self, pre_activation: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        :param pre_activation: u, (B, A)
+        :param action: one-hots of the actions to imitate, (B, A)
+        :return: cross entropy of softmax(u), mean over dimensions, 0-d
+        """
+        logits = self._table(pre_activation, fill=-th.inf)
+        chosen = (pre_activation * action).sum(dim=1) / self.n_dimensions
+        return (logits.logsumexp(dim=2).mean(dim=1) - chosen).mean()
 
     def add_noise(self, action: th.Tensor, std: float | th.Tensor) -> th.Tensor:
         """

@@ -74,6 +74,8 @@ class DRQ(MRQ):
     :param replay_fade: factor by which the probability of a transition falls with each one stored after it
     :param replay_fade_min: lower bound on the product of these factors
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
+    :param bc_weight: weight of behaviour cloning in offline training, see :class:`~sb3_mrq.MRQ`
+    :param bc_steps: transitions after offline training over which this weight falls to zero
     :param random_shift_pad: Largest shift, in pixels, of the images in training batches (data augmentation), 0 for none
     :param precision: ``"float32"``, ``"tf32"``, ``"bfloat16"`` or ``"auto"``, see :class:`~sb3_mrq.MRQ`
     :param compile_updates: whether to compile and capture updates, ``"auto"`` where it pays, see :class:`~sb3_mrq.MRQ`
@@ -129,6 +131,8 @@ class DRQ(MRQ):
         replay_fade: float = 0.9999,
         replay_fade_min: float = 0.1,
         pre_activation_weight: float = 0.0,
+        bc_weight: float = 0.0,
+        bc_steps: int = 0,
         random_shift_pad: int = 4,
         precision: str = "auto",
         compile_updates: bool | str = "auto",
@@ -174,6 +178,8 @@ class DRQ(MRQ):
             replay_fade=replay_fade,
             replay_fade_min=replay_fade_min,
             pre_activation_weight=pre_activation_weight,
+            bc_weight=bc_weight,
+            bc_steps=bc_steps,
             random_shift_pad=random_shift_pad,
             precision=precision,
             compile_updates=compile_updates,

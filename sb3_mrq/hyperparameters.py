@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+from sb3_mrq.action_spaces import is_greedy
 from sb3_mrq.arguments import Instance, Number, OneOf, Requirement, Switch, check_argument, plain
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.persist.replay_files import buffer_mismatch_error
@@ -81,6 +82,8 @@ REQUIREMENTS: dict[str, Requirement] = {
     "replay_fade": Number(above=0, most=1),
     "replay_fade_min": FRACTION,
     "pre_activation_weight": NOT_NEGATIVE,
+    "bc_weight": NOT_NEGATIVE,
+    "bc_steps": Number(least=0, infinite=True),
     "random_shift_pad": Number(integer=True, least=0),
     "precision": OneOf(("auto", *PRECISIONS)),
     "compile_updates": OneOf(("auto", True, False)),
@@ -139,6 +142,7 @@ class UpdateHyperparameters:
     :param infonce_loss_weight: weight of the contrastive term
     :param infonce_temperature: what similarities of embeddings are divided by
     :param pre_activation_weight: weight of the penalty on the policy's pre-activations
+    :param bc_weight: weight of behaviour cloning in the policy loss
     :param random_shift_pad: largest shift of images, in pixels
     :param precision: "float32"; "bfloat16" for matrix products and activations in bfloat16 (values and their targets, weights,
         losses and optimisers are in float32 in any case); "tf32" for float32 matrix products in TF32 on devices that support
@@ -157,6 +161,7 @@ class UpdateHyperparameters:
     infonce_loss_weight: float
     infonce_temperature: float
     pre_activation_weight: float
+    bc_weight: float
     random_shift_pad: int
     precision: str
 
@@ -220,6 +225,8 @@ def check_hyperparameters(model: Any) -> None:
     ):
         if name in model.replay_buffer_kwargs:
             raise ValueError(f"replay_buffer_kwargs sets {name}, but the model needs it too: pass {argument} to the model.")
+    if model.bc_weight > 0 and is_greedy(model.discrete_policy, model.action_space):
+        raise ValueError("A greedy policy has no actor that bc_weight could train by imitation: pass discrete_policy='actor'.")
     buffer_class = model.replay_buffer_class
     is_ours = isinstance(buffer_class, type) and issubclass(buffer_class, SubtrajectoryReplayBuffer)
     if buffer_class is HerReplayBuffer:

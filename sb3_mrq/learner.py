@@ -117,6 +117,8 @@ class Learner:
         self.hyperparameters = hyperparameters
         # 0 or 1, factor of the termination term. A tensor, because a Python number would be a constant in compiled code.
         self.termination_switch = th.ones((), device=policy.device)
+        # Factor of ``bc_weight``, from 0 to 1
+        self.cloning_scale = th.ones((), device=policy.device)
         self.transform_losses(lambda function: function)
 
     def transform_losses(self, transform: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -293,7 +295,7 @@ class Learner:
         # Policy step: gradients flow through g and Q, but only the weights of pi are updated
         if self.actor is not None:
             assert noise is not None
-            actor_loss = self._policy_loss(z_s, noise.policy_gumbel)
+            actor_loss = self._policy_loss(z_s, noise.policy_gumbel, samples.actions)
             self.actor.optimizer.zero_grad()
             actor_loss.backward()
             optimizer_step(self.actor.optimizer)
@@ -351,10 +353,11 @@ class Learner:
             output = self.critic(z_sa)
         return self.critic.loss(output, target), self.critic.value(output).detach()
 
-    def policy_loss(self, z_s: th.Tensor, gumbel: th.Tensor | None) -> th.Tensor:
+    def policy_loss(self, z_s: th.Tensor, gumbel: th.Tensor | None, actions: th.Tensor) -> th.Tensor:
         """
         :param z_s: (B, Z)
         :param gumbel: standard Gumbel noise, (B, A), None for Box actions
+        :param actions: action vectors of the batch, (B, A)
         :return: the loss of pi, 0-d
         """
         assert self.actor is not None
@@ -363,7 +366,13 @@ class Learner:
             pre_activation = self.actor(z_s).to(dtype)
             action = self.actions.activation(pre_activation, gumbel)
             q = self.critic.value(with_fixed_weights(self.critic, with_fixed_weights(self.encoder.state_action, z_s, action)))
-        return losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
+        if self.hyperparameters.bc_weight == 0:
+            return losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
+        # TD3+BC (Fujimoto and Gu, 2021, arXiv 2106.06860): values are divided by their mean size
+        q = q / q.detach().abs().mean().clamp_min(1e-8)
+        loss = losses.policy_loss(q, pre_activation, self.hyperparameters.pre_activation_weight)
+        cloning = self.actions.cloning_loss(pre_activation, actions)
+        return loss + self.hyperparameters.bc_weight * self.cloning_scale * cloning
 
     def priorities(self, q: th.Tensor, target: th.Tensor) -> th.Tensor:
         """

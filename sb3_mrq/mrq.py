@@ -28,6 +28,7 @@ from sb3_mrq.hyperparameters import UpdateHyperparameters, check_hyperparameters
 from sb3_mrq.learner import Learner, grad_norm
 from sb3_mrq.networks import Actor, Critic, Encoder
 from sb3_mrq.off_policy_algorithm import ResumableOffPolicyAlgorithm
+from sb3_mrq.offline import cloning_scale
 from sb3_mrq.persist.weights import add_reward_scales, restore_old_reward_scales
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
 
@@ -81,6 +82,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param replay_fade: Factor by which the probability of a transition falls with each one stored after it (from DR.Q)
     :param replay_fade_min: Lower bound on the product of these factors
     :param pre_activation_weight: Weight of the penalty on the squared pre-activations of the policy
+    :param bc_weight: Weight of behaviour cloning (imitating the stored actions) in the policy loss of offline training, where
+        values are divided by their mean size, see :meth:`train_offline`
+    :param bc_steps: Number of transitions collected after offline training over which this weight falls to zero
     :param random_shift_pad: Largest random shift of images in training batches (data augmentation), in pixels, 0 for none
     :param precision: Precision of matrix products and activations in updates: ``"float32"``; ``"tf32"`` for matrix products in
         TF32 on GPUs that support it; ``"bfloat16"`` for processors with AMX or AVX512-BF16 and for GPUs. ``"auto"`` selects
@@ -156,6 +160,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         replay_fade: float = 1.0,
         replay_fade_min: float = 0.1,
         pre_activation_weight: float = 1e-5,
+        bc_weight: float = 0.0,
+        bc_steps: int = 0,
         random_shift_pad: int = 4,
         precision: str = "auto",
         compile_updates: bool | str = "auto",
@@ -209,6 +215,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         self.replay_fade = replay_fade
         self.replay_fade_min = replay_fade_min
         self.pre_activation_weight = pre_activation_weight
+        self.bc_weight = bc_weight
+        self.bc_steps = bc_steps
         self.random_shift_pad = random_shift_pad
         self.precision = precision
         self.compile_updates = compile_updates
@@ -350,6 +358,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         if self.gradient_steps_left > 0 and not self.stop_signals.pending:
             self.learner.hyperparameters = UpdateHyperparameters.from_model(self, self.automatic_precision)
             self.learner.termination_switch.fill_(self.replay_buffer.has_terminated)
+            self.learner.cloning_scale.fill_(cloning_scale(self))
             self.updates.prepare(self.replay_buffer, batch_size, self._vec_normalize_env)
         while self.gradient_steps_left > 0 and not self.stop_signals.pending and self._training_step():
             self.gradient_steps_left -= 1

@@ -35,7 +35,9 @@ from sb3_mrq.checks import (
     subspaces_of,
     to_array,
 )
+from sb3_mrq.datasets import add_transitions
 from sb3_mrq.hyperparameters import check_policy
+from sb3_mrq.offline import train_offline
 from sb3_mrq.persist.checkpoints import resume, set_generators
 from sb3_mrq.persist.models import check_saved_model
 from sb3_mrq.persist.replay_files import load_replay_buffer, save_replay_buffer
@@ -95,6 +97,9 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         # Number of steps of each environment at the end of ``learn``, None if unknown
         self._env_steps: list[int] | None = None
         self.final_checks = FinalObservationChecks()
+        # Whether training is offline, and number of transitions stored when it last was
+        self.offline = False
+        self.bc_from = 0
 
     @staticmethod
     def check_spaces(observation_space: spaces.Space, action_space: spaces.Space) -> None:
@@ -518,6 +523,39 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         replay_buffer.set_env(self.env)
         self.replay_buffer = replay_buffer
 
+    def add_transitions(
+        self,
+        observations: Any,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        next_observations: Any,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """
+        Store whole episodes in the replay buffer, see :func:`sb3_mrq.datasets.add_transitions`.
+
+        :param observations: of all episodes, one after the other, (N, ...) or a dict of these
+        :param actions: as the environment takes them, (N, ...)
+        :param rewards: (N,)
+        :param next_observations: (N, ...) or a dict of these
+        :param terminated: (N,)
+        :param truncated: (N,); each episode must be terminated or truncated
+        :raises ValueError: if the data do not fit; nothing is stored then
+        """
+        add_transitions(self, observations, actions, rewards, next_observations, terminated, truncated)
+
+    def train_offline(self, n_updates: int, callback: MaybeCallback = None, progress_bar: bool = False) -> None:
+        """
+        Train from the replay buffer alone, see :func:`sb3_mrq.offline.train_offline`.
+
+        :param n_updates: number of training steps, which count as timesteps
+        :param callback: called at every training step
+        :param progress_bar: whether to display a progress bar
+        :raises ValueError: if nothing can be sampled from the replay buffer
+        """
+        train_offline(self, n_updates, callback, progress_bar)
+
     def _excluded_save_params(self) -> list[str]:
         process_state = [
             "start_folder",
@@ -530,5 +568,6 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             "learn_exit_stack",
             "_env_steps",
             "final_checks",
+            "offline",
         ]
         return [*super()._excluded_save_params(), *process_state]

@@ -27,6 +27,7 @@ PAPER = dict(
     infonce_loss_weight=0.0,
     infonce_temperature=0.1,
     pre_activation_weight=1e-5,
+    bc_weight=0.0,
     priority_alpha=0.4,
     min_td_error=1.0,
     random_shift_pad=0,

@@ -204,6 +204,11 @@ class FadedPriorityTree(PriorityTree):
         self._factor: Any = 1.0 if device is None else th.ones((), dtype=th.float64, device=device)
 
     def store(self, indices: np.ndarray, n_stored: int) -> np.ndarray | None:
+        if len(indices) > self.old_age:
+            # The first ones become old while the others are stored
+            first, rest = np.split(indices, [self.old_age])
+            changed = [self.store(part, n_stored - left) for part, left in ((first, len(rest)), (rest, 0))]
+            return np.concatenate([part for part in changed if part is not None])
         stored_at = self._stored_at.view(-1).numpy()
         if self._recent_indices is None:
             self._recent_indices = np.zeros(self.old_age, dtype=np.int64)

@@ -144,6 +144,16 @@ class SegmentStorage(ReplayBuffer):
         """Whether the probability of a transition falls with its age."""
         return self.fade < 1 and self.fade_min < 1
 
+    def stop_fading(self) -> None:
+        """Sample by priority alone from now on."""
+        if not self.fades:
+            return
+        priorities = self.priorities()
+        self.fade, self._slots = 1.0, None
+        self.priorities_class = PriorityTree
+        self._priorities = PriorityTree(len(priorities))
+        self._priorities.set(th.arange(len(priorities)), priorities)
+
     def check_size(self) -> None:
         """
         :raises ValueError: if the buffer is too small for the horizon and the number of environments
@@ -364,6 +374,55 @@ class SegmentStorage(ReplayBuffer):
             self._close(done)
         self.pos = int(self._write_pos[0])
 
+    def add_episode(
+        self, env: int, obs: np.ndarray | dict[str, np.ndarray], actions: np.ndarray, rewards: np.ndarray, terminated: bool
+    ) -> None:
+        """
+        Store a whole episode of m transitions, as ``add`` would one by one. A running segment ends. Values are not checked.
+
+        :param env: number of the environment, of which the buffer has at least m + 1 slots
+        :param obs: observations from the first to the final one, (m + 1, ...) or a dict of these
+        :param actions: Box actions scaled to [-1, 1], discrete actions as integers of the space, (m, ...)
+        :param rewards: (m,)
+        :param terminated: whether the episode was terminated, not truncated
+        """
+        if not self._storages:
+            with self._explain_memory_error():
+                self._allocate()
+        n = len(rewards)
+        this_env = np.arange(self.n_envs) == env
+        self._close(self._running & this_env)
+        obs_ = self._cast(obs)
+        # The first transition alone decides whether frames are stacked
+        for last in (1, n):
+            first_obs, next_obs = ({key: value[i : last + i] for key, value in obs_.items()} for i in (0, 1))
+            self._prepare_storages(first_obs, next_obs, np.arange(last) == 0)
+        positions = self._write_pos[env] + np.arange(n + 1)
+        self.full |= bool(positions[-1] >= self.buffer_size)
+        slots = self._ring[env] + positions % self.buffer_size
+        self._write_observations(slots, obs_, ages=np.arange(-1, n))
+        slots = slots[:-1]
+        self.actions[slots] = actions.reshape(n, self.action_dim)
+        self.rewards[slots] = rewards
+        self._flags[slots] |= HAS_TRANSITION
+        if terminated or not self.handle_timeout_termination:
+            self._flags[slots[-1]] |= TERMINATED
+            self.has_terminated = True
+        self._n_stored += n
+        self.n_added += n
+        faded = self._priorities.store(slots, self.n_added)
+        if faded is not None:
+            self._changed(faded)
+        self._length[env] = n
+        self._write_pos[env] = positions[-1] % self.buffer_size
+        self._running[env] = True
+        for key, value in obs_.items():
+            self._last_next_obs.setdefault(key, np.zeros((self.n_envs, *value.shape[1:]), dtype=value.dtype))[env] = value[-1]
+        if not self.waits_for_end:
+            self._activate(slots[: max(n - self.lookahead + 1, 0)])
+        self._close(this_env)
+        self.pos = int(self._write_pos[0])
+
     def _store_infos(self, slots: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Store the infos of transitions, for a subclass that needs them."""
 
@@ -440,6 +499,7 @@ class SegmentStorage(ReplayBuffer):
             steps = np.arange(depth)[:, None]
             following = slots - position + (position + steps) % self.buffer_size
             slots = following[self._ages[following] >= steps]
+            slots = np.unique(slots)
         slots = slots[(self._flags[slots] & HAS_TRANSITION) != 0]
         if len(slots) == 0:
             return

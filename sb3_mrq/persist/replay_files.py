@@ -224,6 +224,20 @@ def _fill(file: BinaryIO, header: dict[str, Any], checksum: int, state: BufferSt
         n_read += n
 
 
+def describe_replay_buffer(path: str | pathlib.Path) -> tuple[int, bool]:
+    """
+    :param path: path of the file of a replay buffer, with or without the suffix ``.pkl``
+    :return: number of environments whose transitions it holds, and whether it holds the ages of transitions
+    :raises ReplayFileError: if the file is damaged or not a replay buffer
+    """
+    with open_path(path, "r", suffix="pkl") as file:
+        try:
+            header, _ = _read_header(file)
+            return int(header["n_envs"]), any(name == "stored_at" for name, *_ in header["arrays"])
+        except ReplayFileError as error:
+            raise ReplayFileError(f"{path} cannot be loaded as a replay buffer. {error}") from error
+
+
 def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: bool = False) -> SubtrajectoryReplayBuffer:
     """
     :param file: binary file, read from its current position

@@ -287,3 +287,23 @@ def test_usage(tmp_path):
     for script in ("push_to_hub", "load_from_hub"):
         result = call(tmp_path, script, "--help")
         assert result.returncode == 0 and "mrq" in result.stdout
+
+
+def test_offline(folder, tmp_path):
+    """From the replay buffer of the run: training steps alone, then environment steps after them."""
+    buffer = next(folder.glob("logs/mrq/*/replay_buffer.pkl"))
+    task = ["train", "--algo", "mrq", "--env", ENV_ID, *FAST, *SMALL, "--eval-freq", 20, "--eval-episodes", 1]
+    data = ["--dataset", buffer, "--offline-steps", 40]
+    for n, arguments in enumerate(([], ["-n", 30]), start=1):
+        zoo(tmp_path, *task, *data, *arguments)
+        run = tmp_path / "logs" / "mrq" / f"{ENV_ID}_{n}"
+        model = MRQ.load(run / f"{ENV_ID}.zip")
+        assert (model.num_timesteps, model._n_updates) == ((40, 40) if n == 1 else (70, 70))
+        steps = np.load(run / "evaluations.npz")["timesteps"].tolist()
+        assert steps == ([20, 40] if n == 1 else [20, 40, 60])
+    for wrong in (data[:2], data[2:], [*data[:3], "many"]):
+        result = call(tmp_path, *task, *wrong)
+        assert result.returncode == 2
+        assert "--offline-steps" in result.stderr
+    result = call(tmp_path, *task, "--dataset", "missing/none-v0", "--offline-steps", 5)
+    assert result.returncode != 0

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
+from sb3_mrq.datasets import load_minari
 from sb3_mrq.persist.checkpoints import NAME, VEC_NORMALIZE, newest_with_model
 from sb3_mrq.zoo.configuration import (
     ALGORITHMS,
@@ -61,6 +62,43 @@ class _Resumed:
         self.model.learn(max(n_timesteps, 0), reset_num_timesteps=False, **kwargs)
 
 
+class _WithDataset:
+    """
+    Wrapper of a model whose ``learn`` starts with data and offline training.
+
+    :param model: the model
+    :param dataset: file of a replay buffer, or id of a Minari dataset
+    :param offline_steps: number of training steps before environment steps
+    :param n_timesteps: number of environment steps from the command line, none if not positive
+    """
+
+    def __init__(self, model: MRQ, dataset: str, offline_steps: int, n_timesteps: int):
+        self.model = model
+        self.dataset = dataset
+        self.offline_steps = offline_steps
+        self.n_timesteps = n_timesteps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def learn(self, _: int, callback: Any = None, progress_bar: bool = False, **kwargs: Any) -> None:
+        """
+        :param _: total timesteps of rl-zoo3, ignored
+        :param callback: callbacks
+        :param progress_bar: whether to display a progress bar
+        :param kwargs: further arguments of ``MRQ.learn``
+        """
+        model = self.model
+        if Path(self.dataset).is_file():
+            model.load_replay_buffer(self.dataset)
+        else:
+            load_minari(self.dataset, model)
+        model.train_offline(self.offline_steps, callback, progress_bar)
+        if self.n_timesteps > 0:
+            model.learning_starts = 0
+            model.learn(self.n_timesteps, callback, reset_num_timesteps=False, progress_bar=progress_bar, **kwargs)
+
+
 class MRQExperimentManager(ExperimentManager):
     """
     Experiment manager that replaces rl-zoo3's for all algorithms. For ``mrq`` and ``drq`` it
@@ -71,7 +109,8 @@ class MRQExperimentManager(ExperimentManager):
     - makes paths absolute, as environments may change the working directory,
     - writes the checkpoints of a :class:`~sb3_mrq.callbacks.ResumableCheckpointCallback` to the folder of the run,
     - resumes a run if ``--trained-agent`` is a checkpoint,
-    - collects no further random transitions when training continues with a replay buffer.
+    - collects no further random transitions when training continues with a replay buffer,
+    - trains offline from data, if the command line names some (class attributes ``dataset`` and ``offline_steps``).
 
     :param args: arguments of the command line, which are saved with the model
     :param algo: name of the algorithm
@@ -81,6 +120,10 @@ class MRQExperimentManager(ExperimentManager):
     :param config: configuration file or module, None for the default one
     :param kwargs: further arguments of rl-zoo3's class
     """
+
+    # From the command line, which rl-zoo3 cannot extend
+    dataset: str | None = None
+    offline_steps = 0
 
     def __init__(
         self,
@@ -200,6 +243,9 @@ class MRQExperimentManager(ExperimentManager):
         model.start_folder = self._start_folder
         if model is self._resumed:
             self._learn(model, _Resumed(model, self._n_timesteps_given))
+            return
+        if self.dataset is not None:
+            self._learn(model, _WithDataset(model, self.dataset, self.offline_steps, self._n_timesteps_given))
             return
         # Continued training counts steps from 0, but transitions in a loaded replay buffer replace the warm-up
         assert model.replay_buffer is not None

@@ -29,7 +29,7 @@ from stable_baselines3.common.utils import get_device
 from sb3_mrq.envs import rendering
 from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.zoo.configuration import ALGORITHMS, ConfigurationError, closest
-from sb3_mrq.zoo.exp_manager import CHECKPOINTS
+from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
 
 # Module of each script, with the function to call unless it only runs as a program
 SCRIPTS = {
@@ -61,6 +61,29 @@ def _known_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-f", "--folder", default="rl-trained-agents")
     parser.add_argument("--gym-packages", nargs="+", default=[])
     return parser.parse_known_args(arguments)[0]
+
+
+def _take_dataset(arguments: list[str]) -> list[str]:
+    """
+    :param arguments: arguments of ``train``
+    :return: the arguments without ``--dataset`` and ``--offline-steps``, which rl-zoo3 does not know
+    :raises ConfigurationError: if they do not make sense
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset")
+    parser.add_argument("--offline-steps")
+    options, others = parser.parse_known_args(arguments)
+    if (options.dataset is None) != (options.offline_steps is None):
+        raise ConfigurationError("Training from data takes both --dataset PATH and --offline-steps N.")
+    if options.dataset is None:
+        return arguments
+    if not options.offline_steps.isdigit() or int(options.offline_steps) == 0:
+        raise ConfigurationError(f"--offline-steps is {options.offline_steps}, but must be a number of steps.")
+    # Environments may change the working directory; what is no file is the id of a Minari dataset
+    files = [path for path in (options.dataset, f"{options.dataset}.pkl") if os.path.isfile(path)]
+    MRQExperimentManager.dataset = os.path.abspath(files[0]) if files else options.dataset
+    MRQExperimentManager.offline_steps = int(options.offline_steps)
+    return others
 
 
 def _check_task(env_id: str) -> None:
@@ -356,7 +379,7 @@ def _prepare(script: str, arguments: list[str]) -> list[str]:
     if options.device is not None:
         _check_device(options.device)
     if options.algo in ALGORITHMS and script == "train":
-        return [*_newest_checkpoint(arguments), *_evaluation_arguments(options)]
+        return [*_newest_checkpoint(_take_dataset(arguments)), *_evaluation_arguments(options)]
     if options.algo in ALGORITHMS and script in WATCH:
         _check_trained(options.algo, options.env or "CartPole-v1", options.folder)
     return arguments

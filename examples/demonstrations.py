@@ -1,0 +1,45 @@
+"""
+Demonstrations: ten episodes of a simple controller, from which half of each batch is drawn. The car must swing to and fro to get up
+the hill, and random actions hardly ever find that out.
+
+    python examples/demonstrations.py  # extra train
+"""
+
+import os
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_mrq import MRQ
+from sb3_mrq.demonstrations import DemonstrationReplayBuffer
+
+STEPS = int(os.environ.get("EXAMPLE_STEPS", "20000"))
+
+env = gym.make("MountainCarContinuous-v0")
+transitions = []
+for seed in range(10):
+    obs, _ = env.reset(seed=seed)
+    ended = False
+    while not ended:
+        # Push in the direction of movement
+        action = np.float32([np.sign(obs[1]) * 0.7])
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        transitions.append((obs, action, reward, next_obs, terminated, truncated))
+        obs, ended = next_obs, terminated or truncated
+
+demonstrator = MRQ("MlpPolicy", env, buffer_size=20_000)
+demonstrator.add_transitions(*(np.array(part) for part in zip(*transitions, strict=True)))
+demonstrator.save_replay_buffer("demonstrations.pkl")
+
+model = MRQ(
+    "MlpPolicy",
+    env,
+    replay_buffer_class=DemonstrationReplayBuffer,
+    replay_buffer_kwargs=dict(demonstration_buffer="demonstrations.pkl", demonstration_share=0.5),
+    learning_starts=min(1_000, STEPS // 2),
+    seed=0,
+)
+model.learn(STEPS)
+mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
+print(f"{len(transitions)} demonstrated transitions, return {mean:.0f}")

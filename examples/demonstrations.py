@@ -1,6 +1,6 @@
 """
-Demonstrations: ten episodes of a simple controller, from which half of each batch is drawn. The car must swing to and fro to get up
-the hill, and random actions hardly ever find that out.
+Demonstrations: ten episodes of a simple controller, from which half of each batch is drawn. The car must swing to and fro to
+get up the hill, and random actions hardly ever find that out.
 
     python examples/demonstrations.py  # extra train
 """

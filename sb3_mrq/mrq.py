@@ -64,7 +64,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     :param encoder_learning_rate: learning rate of the encoder, or a function of the progress remaining (from 1 to 0)
     :param exploration_noise: Standard deviation of Gaussian noise added to actions scaled to [-1, 1] in rollouts. It is
         halved for the one-hot vectors of discrete actions, and so are ``target_policy_noise`` and ``target_noise_clip``. For a
-        greedy policy, the scale of Gumbel noise on values in units of the reward scale, the temperature of their softmax.
+        greedy policy, the size of the noise on values, in units of the reward scale.
     :param discrete_policy: Policy of discrete actions. ``"greedy"`` takes the action of the highest value; the value target is
         the highest value of the next observation. ``"actor"`` trains an actor with Gumbel-softmax, as in the paper. ``"auto"``
         is greedy for up to 32 actions, counting all combinations.

@@ -20,6 +20,7 @@ model = MRQ(
     BitFlippingEnv(n_bits=15, continuous=False),
     replay_buffer_class=HerSubtrajectoryReplayBuffer,
     replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="future"),
+    discrete_policy="greedy",
     learning_starts=min(5_000, STEPS // 2),
     seed=0,
     verbose=1,

@@ -239,15 +239,24 @@ def test_set_env_reaches_the_buffer(tmp_path):
     assert model.replay_buffer.sample(64).rewards.max() == 0
 
 
-def test_solves_what_is_not_solved_without():
-    """Flip six bits to match a goal: with a reward only at the goal, chance finds it in one of 64 episodes."""
-    successes = []
-    for buffer_class in (HerSubtrajectoryReplayBuffer, SubtrajectoryReplayBuffer):
-        env = BitFlippingEnv(n_bits=6, continuous=False, max_steps=6)
-        model = goal_model(env=env, replay_buffer_class=buffer_class, gamma=0.9, learning_starts=200, seed=0)
-        model.learn(1500)
-        successes.append(np.mean(model.ep_success_buffer))
-    assert successes[0] > 2 * successes[1] + 0.2
+def test_learns_from_new_goals_alone():
+    """No sub-trajectory keeps its own goal, so an agent that matches patterns has learned it from what happened by chance."""
+    model = goal_model(
+        env=BitFlippingEnv(n_bits=4, continuous=False, max_steps=4),
+        replay_buffer_kwargs=dict(n_sampled_goal=10**6),
+        discrete_policy="greedy",
+        policy_kwargs=dict(net_arch=dict(encoder=[64, 64], qf=[64] * 3), z_s_dim=64, z_a_dim=64, z_sa_dim=64),
+        gamma=0.9,
+        batch_size=64,
+        learning_rate=1e-3,
+        encoder_learning_rate=1e-3,
+        learning_starts=300,
+        target_update_interval=50,
+        seed=0,
+    )
+    model.learn(1500)
+    # Of random ones, a fifth succeeds
+    assert np.mean([*model.ep_success_buffer][-50:]) > 0.4
 
 
 def test_uncaptured_on_a_device(monkeypatch):

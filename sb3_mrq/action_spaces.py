@@ -26,6 +26,9 @@ class BoxActions:
     :param space: the action space
     """
 
+    # Of discrete actions
+    n_actions = 0
+
     def __init__(self, space: spaces.Box):
         if not np.issubdtype(space.dtype, np.floating):
             raise UnsupportedSpaceError(

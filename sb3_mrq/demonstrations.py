@@ -128,7 +128,7 @@ class DemonstrationReplayBuffer(SubtrajectoryReplayBuffer):
         # For exact resuming
         return {
             **super()._environment_arrays(),
-            "demonstration priorities": self.demonstrations._priorities.leaves.numpy(),
+            "demonstration priorities": self.demonstrations.get_state().slots["priorities"],
         }
 
     def _rebuild_priorities(self) -> None:

@@ -313,7 +313,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
     def _explore(self, obs: np.ndarray | dict[str, np.ndarray], with_noise: bool) -> np.ndarray:
         noise = self.exploration_noise if with_noise else 0.0
         if self.policy.greedy:
-            self._held_noise = hold_noise(self._held_noise, (self.n_envs, self.policy.n_actions))
+            self._held_noise = hold_noise(self._held_noise, (self.n_envs, self.policy.actions.n_actions))
             return self.updates.act(obs, noise * self._held_noise)
         return self.updates.act(obs, noise)
 
@@ -341,7 +341,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         :raises DivergedError: if losses, embeddings or TD errors are not finite
         """
         assert self.replay_buffer is not None
-        self._require_logger()
+        self.require_logger()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 

@@ -243,7 +243,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
     def _absolute_tensorboard_log(self) -> str | None:
         return None if self.tensorboard_log is None else os.path.join(self.start_folder, self.tensorboard_log)
 
-    def _require_logger(self) -> None:
+    def require_logger(self) -> None:
         """Create a logger if ``train`` is called before ``learn``."""
         if not hasattr(self, "_logger"):
             self.set_logger(configure_logger(self.verbose, self._absolute_tensorboard_log))

@@ -48,7 +48,7 @@ def train_offline(model: Any, n_updates: int, callback: MaybeCallback = None, pr
     model.start_time = time.time_ns()
     model._num_timesteps_at_start = model.num_timesteps
     model._total_timesteps = model.num_timesteps + n_updates
-    model._require_logger()
+    model.require_logger()
     if model.compile_updates == "auto" and n_updates >= model.COMPILE_FROM:
         model.updates.compile_on_cpu()
     model.stop_signals = StopSignals()

@@ -182,12 +182,6 @@ class MRQPolicy(BasePolicy):
         """Device of the networks, faster than in BasePolicy, which searches all parameters at each action."""
         return self.encoder.predictor.bins.device
 
-    @property
-    def n_actions(self) -> int:
-        """Number of discrete actions, all combinations counted."""
-        assert isinstance(self.actions, CategoricalActions)
-        return self.actions.n_actions
-
     def make_features_extractor(self) -> BaseFeaturesExtractor:
         """
         Create the features extractor. The extractors of this package and their subclasses get ``net_arch``, ``activation_fn``
@@ -354,7 +348,7 @@ class MRQPolicy(BasePolicy):
         """
         assert isinstance(self.actions, CategoricalActions)
         z_sa = encoder.state_action.embed_all(z_s, self.actions.list_all(z_s.device))
-        return critic.value(critic(z_sa)).unflatten(0, (len(z_s), self.n_actions))
+        return critic.value(critic(z_sa)).unflatten(0, (len(z_s), self.actions.n_actions))
 
     def explore(self, observation: PyTorchObs, noise: float | th.Tensor) -> th.Tensor:
         """

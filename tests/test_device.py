@@ -472,6 +472,7 @@ class TestTraining:
         monkeypatch.setattr(buffer, "_draw", draw)
         for model in models:
             th.manual_seed(1)
+            np.random.seed(1)
             model.learn(60)
             model._log_encoder()
         self.assert_same(*models)

@@ -373,7 +373,7 @@ def test_no_gradient_of_fixed_weights():
         train(policy, learner, 1)
         for module in (policy.encoder, policy.critic):
             module.zero_grad()
-        loss = learner._policy_loss(th.randn(BATCH, 32), None)
+        loss = learner._policy_loss(th.randn(BATCH, 32), None, th.zeros(BATCH, policy.actions.dim))
         loss.backward()
         assert all(p.grad is None for module in (policy.encoder, policy.critic) for p in module.parameters())
         assert all(p.requires_grad for p in policy.critic.parameters())

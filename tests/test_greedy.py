@@ -303,5 +303,5 @@ def test_learns(env):
     settings = dict(batch_size=128, precision="float32", compile_updates=False, seed=0, device="cpu")
     settings |= dict(exploration_noise=0.5, learning_starts=400, policy_kwargs=sizes)
     model = MRQ("MlpPolicy", env, discrete_policy="greedy", gamma=0.4, **settings)
-    model.learn(1300)
+    model.learn(2100)
     assert evaluate_policy(model, env, 5, warn=False)[0] >= 95

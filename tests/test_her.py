@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_mrq import DRQ, MRQ
 from sb3_mrq.accelerate.graphs import Graph
 from sb3_mrq.arguments import UnsupportedSpaceError
-from sb3_mrq.buffers import HerSubtrajectoryReplayBuffer, SubtrajectoryReplayBuffer
+from sb3_mrq.buffers import HerSubtrajectoryReplayBuffer
 
 GOAL = spaces.Box(-np.inf, np.inf, (3,), dtype=np.float32)
 SPACE = spaces.Dict(observation=GOAL, achieved_goal=GOAL, desired_goal=GOAL)
@@ -247,6 +247,7 @@ def test_learns_from_new_goals_alone():
         discrete_policy="greedy",
         policy_kwargs=dict(net_arch=dict(encoder=[64, 64], qf=[64] * 3), z_s_dim=64, z_a_dim=64, z_sa_dim=64),
         gamma=0.9,
+        buffer_size=5000,
         batch_size=64,
         learning_rate=1e-3,
         encoder_learning_rate=1e-3,
@@ -254,9 +255,9 @@ def test_learns_from_new_goals_alone():
         target_update_interval=50,
         seed=0,
     )
-    model.learn(1500)
-    # Of random ones, a fifth succeeds
-    assert np.mean([*model.ep_success_buffer][-50:]) > 0.4
+    model.learn(2000)
+    # Chance succeeds in a tenth of the episodes
+    assert np.mean([*model.ep_success_buffer][-50:]) > 0.8
 
 
 def test_uncaptured_on_a_device(monkeypatch):
@@ -302,8 +303,19 @@ class OneRewardEnv(NumberedEnv):
         return np.float32(0.0)
 
 
+class InfoEnv(NumberedEnv):
+    @staticmethod
+    def compute_reward(achieved, desired, infos):
+        return np.array([info["weight"] for info in infos])
+
+
 @pytest.mark.parametrize(
-    "env_class, message", [(NoRewardEnv, "no compute_reward"), (OneRewardEnv, "one reward for each goal")]
+    "env_class, message",
+    [
+        (NoRewardEnv, "no compute_reward"),
+        (OneRewardEnv, "one reward for each goal"),
+        (InfoEnv, r"looks up 'weight' in the infos .* copy_info_dict=True"),
+    ],
 )
 def test_refuses_environments(env_class, message):
     with pytest.raises(ValueError, match=message):

@@ -157,6 +157,6 @@ def test_links():
 
 
 def test_number_of_examples():
-    assert "twelve scripts and a notebook" in README.read_text("utf-8")
-    assert len(list((ROOT / "examples").glob("*.py"))) == 12
+    assert "fifteen scripts and a notebook" in README.read_text("utf-8")
+    assert len(list((ROOT / "examples").glob("*.py"))) == 15
     assert len(list((ROOT / "examples").glob("*.ipynb"))) == 1

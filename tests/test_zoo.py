@@ -22,6 +22,7 @@ from stable_baselines3 import TD3
 
 import sb3_mrq.zoo
 from sb3_mrq import MRQ
+from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.zoo.configuration import ALGORITHMS, GIVEN_BY_ZOO, ConfigurationError, default_configuration
 from sb3_mrq.zoo.exp_manager import MRQExperimentManager
 from sb3_mrq.zoo.scripts import _evaluation_arguments, _folder_names, _known_options, _our_command
@@ -76,10 +77,13 @@ def sections(request):
 
 class TestConfiguration:
     def test_no_section_sets_a_hyperparameter_of_the_algorithm(self, sections):
-        ours = set(inspect.signature(MRQ.__init__).parameters) - {"policy"}
+        ours = set(inspect.signature(MRQ.__init__).parameters) - {"policy", "replay_buffer_class"}
         for section, body in sections.items():
             assert not ours & set(body), section
-            assert set(body) <= {"policy", "n_timesteps", "env_wrapper"}, section
+            assert set(body) <= {"policy", "n_timesteps", "env_wrapper", "replay_buffer_class"}, section
+            # rl-zoo3 looks up the name in its module
+            buffer_class = getattr(rl_zoo3.exp_manager, body.get("replay_buffer_class", "HerSubtrajectoryReplayBuffer"))
+            assert issubclass(buffer_class, SubtrajectoryReplayBuffer)
 
     def test_published_lengths(self, sections):
         lengths = {"ALE": 2.5e6, "dmc": 5e5, "dmc-visual": 5e5}
@@ -94,7 +98,7 @@ class TestConfiguration:
                 assert sections[task[:-1] + "4"] == section
 
     def test_every_section_is_a_task(self, sections):
-        elsewhere = ("Panda", "AntBullet", "HalfCheetahBullet", "HopperBullet", "Walker2DBullet", "ReacherBullet")
+        elsewhere = ("Panda", "Fetch", "AntBullet", "HalfCheetahBullet", "HopperBullet", "Walker2DBullet", "ReacherBullet")
         unknown = {name for name in sections if not name.startswith(elsewhere)} - set(gym.registry)
         assert unknown == {"default", "atari"}
 

@@ -122,8 +122,14 @@ class HerSubtrajectoryReplayBuffer(SubtrajectoryReplayBuffer):
             )
         if not self.copy_info_dict:
             space = self.observation_space["desired_goal"]
-            goals = np.stack([space.sample()] * 2).reshape(2, *get_obs_shape(space))
-            self.compute_rewards(goals, goals, [{}, {}])
+            goals = np.zeros((2, *get_obs_shape(space)), dtype=space.dtype)
+            try:
+                self.compute_rewards(goals, goals, [{}, {}])
+            except KeyError as error:
+                raise ValueError(
+                    f"compute_reward looks up {error} in the infos of transitions, which are not kept: pass "
+                    "copy_info_dict=True in replay_buffer_kwargs."
+                ) from error
 
     def compute_rewards(self, achieved: np.ndarray, desired: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """

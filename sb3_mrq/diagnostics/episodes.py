@@ -226,7 +226,7 @@ def _act(model: MRQ, obs: Any, n_envs: int, noise: float) -> tuple[np.ndarray, n
         added: Any = noise
         if model.policy.greedy:
             added = th.as_tensor(
-                noise * hold_noise(None, (n_envs, model.policy.n_actions)), dtype=th.float32, device=model.device
+                noise * hold_noise(None, (n_envs, model.policy.actions.n_actions)), dtype=th.float32, device=model.device
             )
         vectors = model.policy.explore(model.policy.obs_to_tensor(obs)[0], added)
         if not th.isfinite(vectors).all():

@@ -143,7 +143,7 @@ def load_minari(dataset: Any, model: Any) -> None:
 
     :param dataset: a ``minari.MinariDataset``, or the id of one on this machine
     :param model: an ``MRQ``
-    :raises ValueError: if its spaces are others than those of the model, or as in :func:`add_transitions`
+    :raises ValueError: if the model has other spaces, or as in :func:`add_transitions`
     """
     if isinstance(dataset, str):
         try:

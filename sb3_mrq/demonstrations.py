@@ -1,5 +1,5 @@
 """
-Demonstrations beside the agent's own transitions.
+Demonstrations in addition to the agent's own transitions.
 """
 
 import pathlib
@@ -87,7 +87,7 @@ class DemonstrationReplayBuffer(SubtrajectoryReplayBuffer):
         return round(self.demonstration_share * batch_size)
 
     def _join(self, own: Samples, demonstrated: Samples) -> Samples:
-        # Slots of demonstrations follow those of the buffer
+        # Slots of demonstrations are numbered after the slots of the buffer
         indices = demonstrated.indices
         assert indices is not None
         return join_samples(own, demonstrated._replace(indices=indices + self.buffer_size * self.n_envs))

@@ -102,7 +102,7 @@ def test_resume_is_exact(demonstrations, tmp_path):
 
 @pytest.mark.parametrize("algorithm", [MRQ, DRQ])
 def test_demonstrations_do_not_fade(algorithm, tmp_path):
-    """Neither those saved by an agent with fading priorities, nor those of one."""
+    """Whether they were saved by an agent with fading priorities, or an agent with such priorities learns from them."""
     teacher = tiny_model(SpaceEnv(), algorithm=DRQ, replay_fade=0.9)
     teacher.add_transitions(**good_and_bad())
     assert np.ptp(teacher.replay_buffer.sampling_probabilities()[1]) > 0

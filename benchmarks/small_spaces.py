@@ -195,10 +195,14 @@ def run(name: str, task: str, seed: int) -> list[dict[str, Any]]:
     :param name: one of ``AGENTS``
     :param task: one of ``TASKS``
     :param seed: seed
-    :return: rows of the table
+    :return: rows of the table, none if the agent does not support the space
     """
     make_env, _, learning_starts, steps = TASKS[task]
-    model = make_agent(name, task, seed)
+    try:
+        model = make_agent(name, task, seed)
+    except AssertionError as error:  # how the algorithms of SB3 refuse a space
+        print(f"{task}, {name}: {error}")
+        return []
     env = make_env()
     env.action_space.seed(seed + 1000)
     measure = Measure(env, max(50, steps // 12))
@@ -249,11 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = args.out / "small-spaces.csv"
     rows: list[dict[str, Any]] = []
     for task, name, seed in itertools.product(args.tasks.split(","), args.agents.split(","), range(args.seeds)):
-        try:
-            rows += run(name, task, seed)
-        except AssertionError as error:  # how the algorithms of SB3 refuse a space
-            print(f"{task}, {name}: {error}")
-            continue
+        rows += run(name, task, seed)
         table = pd.DataFrame(rows)
         path.write_text(f"# torch {th.__version__}, {th.get_num_threads()} threads of {processor()}\n")
         table.to_csv(path, mode="a", index=False, float_format="%.4g")

@@ -160,6 +160,16 @@ def check_range(value: np.ndarray, name: str, largest: float, key: Any = None) -
     raise NonFiniteError(f"Environment {index[0]} gave the {name} {value[index]}{_where(key)}{beyond}")
 
 
+def in_discrete_range(value: np.ndarray, space: spaces.Discrete | spaces.MultiDiscrete) -> np.ndarray:
+    """
+    :param value: numbers of the space, (..., *shape)
+    :param space: the space
+    :return: whether each number is in its range, bool of the same shape
+    """
+    size = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    return (value >= space.start) & (value < space.start + size)
+
+
 class ObservationChecks:
     """
     Checks of observations against their space.
@@ -204,8 +214,7 @@ class ObservationChecks:
             check_range(value, name, LARGEST_OBSERVATION, key)
             if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
                 # As an index of a one-hot vector, a value out of range would be another value, or an error
-                size = part.n if isinstance(part, spaces.Discrete) else part.nvec
-                valid = (value >= part.start) & (value < part.start + size)
+                valid = in_discrete_range(value, part)
                 if not valid.all():
                     index = tuple(np.argwhere(~valid)[0])
                     given = f"{value[index]}{_where(key)}"

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
-from sb3_mrq.checks import LARGEST_OBSERVATION, LARGEST_REWARD, subspaces_of
+from sb3_mrq.checks import LARGEST_OBSERVATION, LARGEST_REWARD, in_discrete_range, subspaces_of
 from sb3_mrq.observations import map_observation
 
 
@@ -34,20 +34,16 @@ def check_values(values: Any, name: str, space: spaces.Space | None, n: int, lar
         if not valid.all():
             index = tuple(np.argwhere(~valid)[0])
             raise ValueError(f"The {name} hold {array[index]} in row {index[0]}: remove or replace it.")
-    bounds: tuple[Any, Any] | None = None
-    if isinstance(space, spaces.Discrete):
-        bounds = space.start, space.start + space.n - 1
-    elif isinstance(space, spaces.MultiDiscrete):
-        bounds = space.start, space.start + space.nvec - 1
+    valid = np.ones(array.shape, dtype=bool)
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        valid = in_discrete_range(array, space)
     elif isinstance(space, spaces.MultiBinary):
-        bounds = 0, 1
+        valid = (array >= 0) & (array <= 1)
     elif isinstance(space, spaces.Box) and name == "actions":
-        bounds = space.low, space.high
-    if bounds is not None:
-        valid = (array >= bounds[0]) & (array <= bounds[1])
-        if not valid.all():
-            row = int(np.argwhere(~valid)[0][0])
-            raise ValueError(f"The {name} hold {array[row].tolist()} in row {row}, which is not in {space}.")
+        valid = (array >= space.low) & (array <= space.high)
+    if not valid.all():
+        row = int(np.argwhere(~valid)[0][0])
+        raise ValueError(f"The {name} hold {array[row].tolist()} in row {row}, which is not in {space}.")
     return array
 
 
@@ -76,6 +72,7 @@ def add_transitions(
     next_observations: Any,
     terminated: Any,
     truncated: Any,
+    first_env: int = 0,
 ) -> None:
     """
     Store whole episodes in the replay buffer of a model, in turn in the parts of its environments. After an error, nothing is
@@ -88,6 +85,7 @@ def add_transitions(
     :param next_observations: in an episode equal to the observations of the next row, (N, ...) or a dict of these
     :param terminated: (N,)
     :param truncated: (N,); each episode, also the last one, must be terminated or truncated
+    :param first_env: environment in whose part the first episode is stored, counted on beyond the last one
     :raises ValueError: if the data are empty, do not fit each other or the spaces, or an episode does not fit into the buffer
     """
     buffer: SubtrajectoryReplayBuffer = model.replay_buffer
@@ -124,7 +122,7 @@ def add_transitions(
             f"An episode has {longest} transitions, for which the replay buffer needs {longest + 1} slots per environment. It "
             f"has {buffer.buffer_size}: use a larger buffer_size."
         )
-    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    for env, (start, end) in enumerate(zip(starts, ends, strict=True), start=first_env):
         rows = slice(start, end + 1)
         stored = actions[rows]
         if isinstance(model.action_space, spaces.Box):
@@ -134,7 +132,7 @@ def add_transitions(
             observations,
             next_observations,
         )
-        buffer.add_episode(i % buffer.n_envs, episode, stored, rewards[rows], bool(terminated[end]))
+        buffer.add_episode(env % buffer.n_envs, episode, stored, rewards[rows], bool(terminated[end]))
 
 
 def load_minari(dataset: Any, model: Any) -> None:
@@ -157,7 +155,7 @@ def load_minari(dataset: Any, model: Any) -> None:
             raise ValueError(f"The dataset has the {name.replace('_', ' ')} {theirs}, but the model has {ours}.")
     if dataset.total_episodes == 0:
         raise ValueError("There are no transitions in the data.")
-    for episode in dataset.iterate_episodes():
+    for i, episode in enumerate(dataset.iterate_episodes()):
         n = len(episode.rewards)
         truncated = episode.truncations.copy()
         # An episode that was not finished when the collection ended
@@ -170,4 +168,5 @@ def load_minari(dataset: Any, model: Any) -> None:
             map_observation(lambda value: np.asarray(value)[1 : n + 1], episode.observations),  # noqa: B023
             episode.terminations,
             truncated,
+            first_env=i,
         )

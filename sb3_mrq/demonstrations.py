@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.arguments import Number, check_argument
@@ -43,7 +42,7 @@ class DemonstrationReplayBuffer(SubtrajectoryReplayBuffer):
 
     Sampling is always on the host.
 
-    :param args: arguments of :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer`
+    :param args: arguments of :class:`~sb3_mrq.buffers.SubtrajectoryReplayBuffer`, ``n_envs`` and ``fade`` by keyword
     :param demonstration_buffer: file of a replay buffer (``save_replay_buffer``), of any number of environments. It must
         still be there when the model is loaded.
     :param demonstration_share: part of each batch that is drawn from it
@@ -55,11 +54,6 @@ class DemonstrationReplayBuffer(SubtrajectoryReplayBuffer):
 
     def __init__(
         self,
-        buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        device: th.device | str = "auto",
-        n_envs: int = 1,
         *args: Any,
         demonstration_buffer: str | pathlib.Path,
         demonstration_share: float = 0.5,
@@ -68,13 +62,12 @@ class DemonstrationReplayBuffer(SubtrajectoryReplayBuffer):
         check_argument("demonstration_share", demonstration_share, Number(least=0, most=1))
         self.demonstration_share = demonstration_share
         n, has_ages = describe_replay_buffer(demonstration_buffer)
-        fade = dict(fade=0.5 if has_ages else 1.0)
-        like = SubtrajectoryReplayBuffer(buffer_size, observation_space, action_space, device, n, *args, **kwargs | fade)
+        like = SubtrajectoryReplayBuffer(*args, **kwargs | dict(n_envs=n, fade=0.5 if has_ages else 1.0))
         self.demonstrations = load_replay_buffer(demonstration_buffer, like)
         self.demonstrations.stop_fading()
         if self.demonstrations.n_sampleable == 0:
             raise ValueError(f"The replay buffer in {demonstration_buffer} has no transitions that can be sampled.")
-        super().__init__(buffer_size, observation_space, action_space, device, n_envs, *args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DemonstrationReplayBuffer":
         # Copies share the demonstrations, which may take much memory

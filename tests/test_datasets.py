@@ -202,6 +202,14 @@ def test_minari(minari_dataset, action_space):
     model.train_offline(3)
 
 
+def test_minari_in_turn(minari_dataset):
+    """Episodes are spread over the environments."""
+    model = tiny_model(DummyVecEnv([SpaceEnv] * 3))
+    load_minari(minari_dataset(), model)
+    starts = model.replay_buffer.sampling_probabilities()[0]
+    assert np.bincount(starts // model.replay_buffer.buffer_size).tolist() == [24, 24, 24]
+
+
 def test_minari_of_other_spaces(minari_dataset):
     dataset = minari_dataset()
     model = tiny_model(SpaceEnv(action_space=spaces.Discrete(3)))

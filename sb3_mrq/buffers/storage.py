@@ -310,9 +310,7 @@ class SegmentStorage(ReplayBuffer):
         :raises ValueError: if the buffer is too small (at the first call)
         :raises BadValueError: if an observation or a reward is invalid; nothing is stored
         """
-        if not self._storages:
-            with self._explain_memory_error():
-                self._allocate()
+        self._allocate_at_first()
         action = np.reshape(action, (self.n_envs, self.action_dim))
         done = np.asarray(done, dtype=bool)
         reward = np.asarray(reward)
@@ -358,11 +356,7 @@ class SegmentStorage(ReplayBuffer):
         self._changed(slots)
         # Consecutive statements, so that Ctrl-C is unlikely to leave them inconsistent
         self._flags[slots] = flags
-        self._n_stored += self.n_envs
-        self.n_added += self.n_envs
-        faded = self._priorities.store(slots, self.n_added)
-        if faded is not None:
-            self._changed(faded)
+        self._count(slots)
         self._length += 1
         self._write_pos = next_pos
         self._running[:] = True
@@ -386,9 +380,7 @@ class SegmentStorage(ReplayBuffer):
         :param rewards: (m,)
         :param terminated: whether the episode was terminated, not truncated
         """
-        if not self._storages:
-            with self._explain_memory_error():
-                self._allocate()
+        self._allocate_at_first()
         n = len(rewards)
         this_env = np.arange(self.n_envs) == env
         self._close(self._running & this_env)
@@ -408,11 +400,7 @@ class SegmentStorage(ReplayBuffer):
         if terminated or not self.handle_timeout_termination:
             self._flags[slots[-1]] |= TERMINATED
             self.has_terminated = True
-        self._n_stored += n
-        self.n_added += n
-        faded = self._priorities.store(slots, self.n_added)
-        if faded is not None:
-            self._changed(faded)
+        self._count(slots)
         self._length[env] = n
         self._write_pos[env] = positions[-1] % self.buffer_size
         self._running[env] = True
@@ -422,6 +410,20 @@ class SegmentStorage(ReplayBuffer):
             self._activate(slots[: max(n - self.lookahead + 1, 0)])
         self._close(this_env)
         self.pos = int(self._write_pos[0])
+
+    def _allocate_at_first(self) -> None:
+        """Allocate memory, unless it was allocated before."""
+        if not self._storages:
+            with self._explain_memory_error():
+                self._allocate()
+
+    def _count(self, slots: np.ndarray) -> None:
+        """Count transitions that have been stored in slots, in this order."""
+        self._n_stored += len(slots)
+        self.n_added += len(slots)
+        faded = self._priorities.store(slots, self.n_added)
+        if faded is not None:
+            self._changed(faded)
 
     def _store_infos(self, slots: np.ndarray, infos: list[dict[str, Any]]) -> None:
         """Store the infos of transitions, for a subclass that needs them."""

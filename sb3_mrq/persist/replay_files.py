@@ -224,6 +224,10 @@ def _fill(file: BinaryIO, header: dict[str, Any], checksum: int, state: BufferSt
         n_read += n
 
 
+def _has_ages(header: dict[str, Any]) -> bool:
+    return any(name == "stored_at" for name, *_ in header["arrays"])
+
+
 def describe_replay_buffer(path: str | pathlib.Path) -> tuple[int, bool]:
     """
     :param path: path of the file of a replay buffer, with or without the suffix ``.pkl``
@@ -233,7 +237,7 @@ def describe_replay_buffer(path: str | pathlib.Path) -> tuple[int, bool]:
     with open_path(path, "r", suffix="pkl") as file:
         try:
             header, _ = _read_header(file)
-            return int(header["n_envs"]), any(name == "stored_at" for name, *_ in header["arrays"])
+            return int(header["n_envs"]), _has_ages(header)
         except ReplayFileError as error:
             raise ReplayFileError(f"{path} cannot be loaded as a replay buffer. {error}") from error
 
@@ -261,7 +265,7 @@ def read_replay_buffer(file: BinaryIO, like: SubtrajectoryReplayBuffer, exact: b
             if found != expected:
                 values = (show_space(value) if isinstance(value, dict) else value for value in (found, expected))
                 raise buffer_mismatch_error(name, *values)
-        has_ages = any(name == "stored_at" for name, *_ in header["arrays"])
+        has_ages = _has_ages(header)
         if header["numbers"]["storages"] and has_ages != like.fades:
             raise ValueError(
                 f"The replay buffer was saved {'with' if has_ages else 'without'} the ages of its transitions, but the model "

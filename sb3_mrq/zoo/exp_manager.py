@@ -38,12 +38,12 @@ def _is_checkpoint_callback(callback: Any) -> bool:
     return name == f"{ResumableCheckpointCallback.__module__}.{ResumableCheckpointCallback.__name__}"
 
 
-class _Resumed:
+class _Wrapper:
     """
-    Wrapper of a resumed model whose ``learn`` continues the run.
+    Wrapper of a model with another ``learn``.
 
     :param model: the model
-    :param n_timesteps: total timesteps of the run from the command line, ignored if not positive
+    :param n_timesteps: timesteps from the command line, ignored if not positive
     """
 
     def __init__(self, model: MRQ, n_timesteps: int):
@@ -52,6 +52,15 @@ class _Resumed:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+class _Resumed(_Wrapper):
+    """
+    Wrapper of a resumed model whose ``learn`` continues the run.
+
+    :param model: the model
+    :param n_timesteps: total timesteps of the run from the command line, ignored if not positive
+    """
 
     def learn(self, _: int, **kwargs: Any) -> None:
         """
@@ -62,24 +71,20 @@ class _Resumed:
         self.model.learn(max(n_timesteps, 0), reset_num_timesteps=False, **kwargs)
 
 
-class _WithDataset:
+class _WithDataset(_Wrapper):
     """
     Wrapper of a model whose ``learn`` starts with data and offline training.
 
     :param model: the model
+    :param n_timesteps: number of environment steps from the command line, none if not positive
     :param dataset: file of a replay buffer, or id of a Minari dataset
     :param offline_steps: number of training steps before environment steps
-    :param n_timesteps: number of environment steps from the command line, none if not positive
     """
 
-    def __init__(self, model: MRQ, dataset: str, offline_steps: int, n_timesteps: int):
-        self.model = model
+    def __init__(self, model: MRQ, n_timesteps: int, dataset: str, offline_steps: int):
+        super().__init__(model, n_timesteps)
         self.dataset = dataset
         self.offline_steps = offline_steps
-        self.n_timesteps = n_timesteps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
     def learn(self, _: int, callback: Any = None, progress_bar: bool = False, **kwargs: Any) -> None:
         """
@@ -245,7 +250,7 @@ class MRQExperimentManager(ExperimentManager):
             self._learn(model, _Resumed(model, self._n_timesteps_given))
             return
         if self.dataset is not None:
-            self._learn(model, _WithDataset(model, self.dataset, self.offline_steps, self._n_timesteps_given))
+            self._learn(model, _WithDataset(model, self._n_timesteps_given, self.dataset, self.offline_steps))
             return
         # Continued training counts steps from 0, but transitions in a loaded replay buffer replace the warm-up
         assert model.replay_buffer is not None

@@ -33,7 +33,6 @@ class DeviceCopy:
         self.device = device
         # Weak references, so that the memory is freed if the model drops the buffer
         self._buffer = weakref.proxy(buffer)
-        weakref.finalize(buffer, self.close).atexit = False
         host = buffer.arrays()
         for name, array in host.items():
             if array.dtype.kind == "u" and array.dtype.itemsize > 1:
@@ -65,6 +64,7 @@ class DeviceCopy:
         self._marked: list[np.ndarray] = []
         self._activated: list[np.ndarray] = []
         buffer.attach_copy(self)
+        weakref.finalize(buffer, self.close).atexit = False
 
     def close(self) -> None:
         """Free the memory on the device, even if graphs still refer to this object."""

@@ -3,9 +3,11 @@ Your own encoder: any features extractor of Stable-Baselines3. MR.Q's encoder lo
 has a target copy, as the rest of the encoder has.
 
     python examples/custom_encoder.py
+
+Needs no extra.
 """
 
-import os
+import argparse
 
 import gymnasium as gym
 import torch as th
@@ -13,8 +15,6 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_mrq import MRQ
-
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 
 
 class FourierFeatures(BaseFeaturesExtractor):
@@ -41,13 +41,17 @@ class FourierFeatures(BaseFeaturesExtractor):
         return self.layer(th.cat([angles.sin(), angles.cos()], dim=1))
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=15_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
+
 model = MRQ(
     "MlpPolicy",
     "Pendulum-v1",
     seed=0,
-    learning_starts=min(10_000, STEPS // 2),
+    learning_starts=min(10_000, steps // 2),
     policy_kwargs=dict(features_extractor_class=FourierFeatures, features_extractor_kwargs=dict(n_frequencies=32)),
     verbose=1,
 )
-model.learn(STEPS)
+model.learn(steps)
 print(model.policy.encoder.state.features_extractor)

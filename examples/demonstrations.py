@@ -2,10 +2,12 @@
 Demonstrations: ten episodes of a simple controller, from which half of each batch is drawn. The car must swing to and fro to
 get up the hill, and random actions hardly ever find that out.
 
-    python examples/demonstrations.py  # extra train
+    python examples/demonstrations.py
+
+Needs the extra ``train``.
 """
 
-import os
+import argparse
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +16,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_mrq import MRQ
 from sb3_mrq.demonstrations import DemonstrationReplayBuffer
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "20000"))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=20_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
 
 env = gym.make("MountainCarContinuous-v0")
 transitions = []
@@ -37,9 +41,9 @@ model = MRQ(
     env,
     replay_buffer_class=DemonstrationReplayBuffer,
     replay_buffer_kwargs=dict(demonstration_buffer="demonstrations.pkl", demonstration_share=0.5),
-    learning_starts=min(1_000, STEPS // 2),
+    learning_starts=min(1_000, steps // 2),
     seed=0,
 )
-model.learn(STEPS)
+model.learn(steps)
 mean, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
 print(f"{len(transitions)} demonstrated transitions, return {mean:.0f}")

@@ -1,17 +1,21 @@
 """
 Observations that are a Dict of an image and a vector: MultiInputPolicy uses a CNN for each image and one MLP for the rest.
 
-    python examples/dict_observations.py  # extra train
+    python examples/dict_observations.py
+
+Needs the extra ``train``.
 """
 
-import os
+import argparse
 
 import gymnasium as gym
 from gymnasium.wrappers import AddRenderObservation, TransformObservation
 
 from sb3_mrq import MRQ
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "100000"))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=100_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
 
 
 def make_env() -> gym.Env:
@@ -29,6 +33,6 @@ def make_env() -> gym.Env:
     return TransformObservation(env, shrink, space)
 
 
-model = MRQ("MultiInputPolicy", make_env(), seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
-model.learn(STEPS)
+model = MRQ("MultiInputPolicy", make_env(), seed=0, learning_starts=min(10_000, steps // 2), verbose=1)
+model.learn(steps)
 print(f"{model._n_updates} training steps, observations {model.observation_space}")

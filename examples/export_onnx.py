@@ -1,9 +1,12 @@
 """
 Export a policy to ONNX and run it with onnxruntime, without PyTorch.
 
-    python examples/export_onnx.py [model.zip] [policy.onnx]  # extra examples
+    python examples/export_onnx.py [model.zip] [policy.onnx]
+
+Needs the extra ``examples``.
 """
 
+import argparse
 import os
 import sys
 
@@ -13,8 +16,6 @@ import torch as th
 from torch import nn
 
 from sb3_mrq import MRQ
-
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 
 
 class DeterministicPolicy(nn.Module):
@@ -56,19 +57,25 @@ def export(model: MRQ, path: str) -> None:
     )
 
 
-if len(sys.argv) > 1:
-    model = MRQ.load(sys.argv[1], device="cpu")
-else:
-    model = MRQ("MlpPolicy", "Pendulum-v1", seed=0, learning_starts=min(10_000, STEPS // 2), device="cpu").learn(STEPS)
-path = sys.argv[2] if len(sys.argv) > 2 else "policy.onnx"
-export(model, path)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", nargs="?", help="file of a trained model (default: train one)")
+parser.add_argument("path", nargs="?", default="policy.onnx", help="file to write (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=15_000, help="steps of training, without a model (default: %(default)s)")
+args = parser.parse_args()
 
-session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+if args.model:
+    model = MRQ.load(args.model, device="cpu")
+else:
+    model = MRQ("MlpPolicy", "Pendulum-v1", seed=0, learning_starts=min(10_000, args.steps // 2), device="cpu")
+    model.learn(args.steps)
+export(model, args.path)
+
+session = onnxruntime.InferenceSession(args.path, providers=["CPUExecutionProvider"])
 obs = np.stack([model.observation_space.sample() for _ in range(100)])
 (scaled,) = session.run(None, {"obs": obs})
 actions = model.policy.unscale_action(scaled) if model.policy.squash_output else scaled
 expected, _ = model.predict(obs, deterministic=True)
 difference = np.abs(actions.reshape(expected.shape) - expected).max()
-print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB, actions differ from model.predict by at most {difference:.2g}")
+print(f"{args.path}: {os.path.getsize(args.path) / 1e6:.1f} MB, actions differ from model.predict by at most {difference:.2g}")
 if difference > 1e-4:
-    sys.exit(f"The exported policy differs from the model: its actions are off by up to {difference:.2g}. Do not use {path}.")
+    sys.exit(f"The actions of the exported policy are off by up to {difference:.2g}. Do not use {args.path}.")

@@ -2,20 +2,24 @@
 Train, evaluate, save, load and act.
 
     python examples/first_steps.py
+
+Needs no extra.
 """
 
-import os
+import argparse
 
 import gymnasium as gym
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_mrq import MRQ
 
-# Nothing is learned in the first 10,000 steps, which are random (learning_starts)
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=15_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
 
+# Nothing is learned in the first 10,000 steps, which are random (learning_starts)
 model = MRQ("MlpPolicy", "Pendulum-v1", seed=0, verbose=1)
-model.learn(STEPS, progress_bar=False)
+model.learn(steps)
 mean, std = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
 print(f"return {mean:.1f} +- {std:.1f}")
 
@@ -26,7 +30,7 @@ del model
 
 model = MRQ.load("mrq_pendulum", env=gym.make("Pendulum-v1"))
 model.load_replay_buffer("mrq_pendulum_buffer")
-model.learn(STEPS // 10, reset_num_timesteps=False)
+model.learn(steps // 10, reset_num_timesteps=False)
 
 env = gym.make("Pendulum-v1")
 obs, _ = env.reset(seed=1)

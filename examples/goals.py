@@ -3,9 +3,11 @@ Goals: flip bits one by one until they match a pattern. Only the match is reward
 patterns. With relabelled goals every episode teaches something.
 
     python examples/goals.py
+
+Needs no extra.
 """
 
-import os
+import argparse
 
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -13,7 +15,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from sb3_mrq import MRQ
 from sb3_mrq.buffers import HerSubtrajectoryReplayBuffer
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "30000"))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=30_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
 
 model = MRQ(
     "MultiInputPolicy",
@@ -21,11 +25,11 @@ model = MRQ(
     replay_buffer_class=HerSubtrajectoryReplayBuffer,
     replay_buffer_kwargs=dict(n_sampled_goal=4, goal_selection_strategy="future"),
     discrete_policy="greedy",
-    learning_starts=min(5_000, STEPS // 2),
+    learning_starts=min(5_000, steps // 2),
     seed=0,
     verbose=1,
 )
-model.learn(STEPS)
+model.learn(steps)
 # A step costs 1 until the pattern matches: -15 is an episode that has failed
 returns, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=20)
 print(f"mean return {returns:.1f}")

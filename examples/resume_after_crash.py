@@ -4,6 +4,8 @@ checkpoint, with its replay buffer, optimisers and random generators.
 
     python examples/resume_after_crash.py
     python examples/resume_after_crash.py --crash-at 12000
+
+Needs no extra.
 """
 
 import argparse
@@ -17,7 +19,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_mrq import MRQ
 from sb3_mrq.callbacks import ResumableCheckpointCallback
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
 FOLDER = Path("crash_checkpoints")
 
 
@@ -40,20 +41,22 @@ class Crash(BaseCallback):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=15_000, help="steps of the environment (default: %(default)s)")
 parser.add_argument("--crash-at", type=int, help="kill this process after this many steps")
 args = parser.parse_args()
 
 env = gym.make("Pendulum-v1")
 # The last two are kept: if the newest is damaged, the one before it is used
-callbacks: list[BaseCallback] = [ResumableCheckpointCallback(save_freq=max(STEPS // 10, 1), save_path=FOLDER, keep_last=2)]
+checkpoints = ResumableCheckpointCallback(save_freq=max(args.steps // 10, 1), save_path=FOLDER, keep_last=2)
+callbacks: list[BaseCallback] = [checkpoints]
 if args.crash_at is not None:
     callbacks.append(Crash(args.crash_at))
 
 try:
     model = MRQ.resume(FOLDER, env)
 except FileNotFoundError:  # the first start, or it was killed before the first checkpoint
-    model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2))
-    model.learn(STEPS, callback=callbacks)
+    model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, args.steps // 2))
+    model.learn(args.steps, callback=callbacks)
 else:
     print(f"resumed after {model.num_timesteps} steps, {model.remaining_timesteps} to go")
     model.learn(model.remaining_timesteps, callback=callbacks, reset_num_timesteps=False)

@@ -2,10 +2,12 @@
 Train MR.Q on a task and write to one folder: the model, its evaluation, the learning curve (CSV and PNG), a video, and a
 report of what the model has learned.
 
-    python examples/train.py  # extra train
-    python examples/train.py --env HalfCheetah-v5 --steps 1000000 --seed 1  # and mujoco
-    python examples/train.py --env dmc/walker-walk-v0  # and dmc
-    python examples/train.py --env ALE/Pong-v5  # and atari
+    python examples/train.py
+    python examples/train.py --env HalfCheetah-v5 --steps 1000000 --seed 1
+    python examples/train.py --env dmc/walker-walk-v0
+    python examples/train.py --env ALE/Pong-v5
+
+Needs the extra ``train``, and for such tasks ``mujoco``, ``dmc`` or ``atari``.
 
 Without arguments it trains small networks on a small task, which is solved within minutes. Other tasks get the default
 hyperparameters and the number of steps in hyperparams/mrq.yml.

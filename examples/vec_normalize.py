@@ -6,9 +6,11 @@ MRQ works without it: rewards are scaled by their mean absolute value, and the n
 of observations differ by orders of magnitude.
 
     python examples/vec_normalize.py
+
+Needs no extra.
 """
 
-import os
+import argparse
 
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -16,11 +18,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq import MRQ
 
-STEPS = int(os.environ.get("EXAMPLE_STEPS", "15000"))
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--steps", type=int, default=15_000, help="steps of the environment (default: %(default)s)")
+steps = parser.parse_args().steps
 
 env = VecNormalize(make_vec_env("Pendulum-v1", seed=0))
-model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, STEPS // 2), verbose=1)
-model.learn(STEPS)
+model = MRQ("MlpPolicy", env, seed=0, learning_starts=min(10_000, steps // 2), verbose=1)
+model.learn(steps)
 model.save("mrq_normalized")
 env.save("vec_normalize.pkl")
 

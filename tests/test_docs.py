@@ -137,6 +137,28 @@ def test_figure_is_up_to_date():
     assert (DOCS / "figures" / "algorithm.svg").read_text("utf-8") == module.draw(), f"run python {path}"
 
 
+@pytest.mark.parametrize(
+    ("figure", "report"), [("results", "report"), ("results-discrete", "report-discrete")], ids=["results", "discrete"]
+)
+def test_figures_are_the_reports(figure, report):
+    """The site shows copies, because it takes files from its own folder only."""
+    original = ROOT / "benchmarks" / "results" / report / "overview.png"
+    assert (DOCS / "figures" / f"{figure}.png").read_bytes() == original.read_bytes()
+
+
+TEXTS = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / ".github").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_no_number_becomes_a_list(page):
+    """No line in the middle of a paragraph begins with a number and a full stop, which Markdown takes for a list."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for paragraph in re.split(r"\n\s*\n", text):
+        first, *others = paragraph.strip("\n").splitlines() or [""]
+        if not re.match(r"\s*\d+\.\s", first):
+            assert not [line for line in others if re.match(r"\s*\d+\.(\s|$)", line)], paragraph
+
+
 def code_of(page: Path) -> list[str]:
     """The blocks of Python on a page, without those that begin with "# not run"."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)

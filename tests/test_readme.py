@@ -117,7 +117,7 @@ def test_what_the_commands_leave(folders):
     if not (readme / "logs").exists() or not (folder / "logs").exists():
         pytest.skip("the commands were not run")
     assert set(pd.read_csv(readme / "runs/compare/results.csv")["algorithm"]) == {"mrq", "td3"}
-    assert (readme / "runs/compare/index.html").exists()
+    assert (readme / "runs/compare/README.md").exists()
     assert list(readme.glob("make/**/*.mp4"))
     assert list(folder.glob("makeENV*/**/*.mp4"))
     assert np.load(folder / "logs/td3/Pendulum-v1_1/evaluations.npz")["results"].shape == (2, 2)

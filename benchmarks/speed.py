@@ -36,12 +36,14 @@ from stable_baselines3 import TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluation import processor
 from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
+from sb3_mrq.accelerate.device_copy import DeviceCopy
 from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.envs import AtariWrapper
@@ -328,10 +330,64 @@ def time_loop(device: str, steps: int, n_envs: int) -> dict[str, float]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Nothing will be learned")
                 model.learn(100)
+                forward = time_forward(model)
                 start = time.perf_counter()
                 model.learn(steps)
             figures[f"{name}_{phase}_us"] = 1e6 * (time.perf_counter() - start) / steps
+            if phase == "acting":
+                figures[f"{name}_networks_us"] = 1e6 * sum(forward) / steps
         figures[f"mrq_to_td3_{phase}"] = figures[f"mrq_{phase}_us"] / figures[f"td3_{phase}_us"]
+    mrq, td3 = (figures[f"{name}_acting_us"] - figures[f"{name}_networks_us"] for name in ("mrq", "td3"))
+    return {**figures, "mrq_to_td3_acting_without_networks": mrq / td3}
+
+
+def time_forward(model: Any) -> list[float]:
+    """
+    :param model: MRQ or TD3
+    :return: list to which each forward pass of the networks that act adds its seconds from now on
+    """
+    seconds: list[float] = []
+    networks = [model.encoder.state, model.actor] if isinstance(model, MRQ) else [model.actor]
+    for network in networks:
+
+        def timed(*args: Any, forward: Callable[..., Any] = network.forward) -> Any:
+            start = time.perf_counter()
+            output = forward(*args)
+            seconds.append(time.perf_counter() - start)
+            return output
+
+        network.forward = timed
+    return seconds
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of torch, without views. On a GPU each is a kernel or more."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += (
+            not func.is_view and func._schema.name.startswith("aten::") and func is not th.ops.aten._unsafe_view.default
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations() -> dict[str, int]:
+    """
+    :return: operations of the two updates in float32, with the replay buffer on a device, counted on the host
+    """
+    sizes = dict(buffer_size=100, learning_starts=50, target_update_interval=2)
+    model = MRQ("MlpPolicy", NoiseEnv(), **sizes, device="cpu", precision="float32", compile_updates=False)
+    model.learn(52, log_interval=None)  # type: ignore[arg-type]
+    assert model.replay_buffer is not None
+    copy = DeviceCopy(model.replay_buffer, th.device("cpu"))
+    copy.flush()
+    model.updates._copy = copy
+    figures = {}
+    for name, update in (("encoder", model.updates._encoder_step), ("value_and_policy", model.updates._value_step)):
+        with OperationCounter() as counter:
+            update()
+        figures[name] = counter.count
     return figures
 
 
@@ -431,6 +487,9 @@ def table(figures: dict[str, Any]) -> str:
     for n_envs, row in figures["loop"].items():
         for phase in ("random", "acting"):
             line(f"loop, {n_envs} environments, {phase} / TD3", row[f"mrq_{phase}_us"], row[f"td3_{phase}_us"], "us")
+        without = (row[f"{name}_acting_us"] - row[f"{name}_networks_us"] for name in ("mrq", "td3"))
+        line("    acting, without the networks", *without, "us")
+    lines.append(f"operations: {figures['operations']}")
     for env_id, row in figures["training"].items():
         lines.append(f"training, {env_id}: {row['steps_per_second']:.1f} steps a second")
     return "\n".join(lines)
@@ -464,6 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
         "sampling": lambda: time_sampling(args.small, args.large),
         "update": lambda: time_updates(args.device, args.seconds, args.without_compiling),
         "image_update": lambda: time_updates(args.device, args.seconds, args.without_compiling, images=True),
+        "operations": count_operations,
         "acting": lambda: time_acting(args.device, args.seconds),
         "loop": lambda: {n_envs: time_loop(args.device, int(1000 * args.seconds), n_envs) for n_envs in (1, 8)},
         "parallel_training": lambda: time_parallel_training(args.device, 16 * max(1, int(args.seconds)), 8),

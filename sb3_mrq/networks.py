@@ -269,7 +269,7 @@ class Encoder(nn.Module):
             prediction = self.predictor(self.state_action.join(z_s, projected_action))
             z_s = prediction[1]
             predictions.append(prediction)
-        terminated, next_z_s, reward_logits = (th.stack(part, dim=1) for part in zip(*predictions, strict=True))
+        terminated, next_z_s, reward_logits = (th.stack(part).transpose(0, 1) for part in zip(*predictions, strict=True))
         return Predictions(terminated.squeeze(-1), next_z_s, reward_logits)
 
 

@@ -61,8 +61,8 @@ class DeviceCopy:
             device,
         )
         self.write: Callable[[], None] = Graph(self._write_staged, device)
-        self._marked: list[np.ndarray] = []
-        self._activated: list[np.ndarray] = []
+        # Slots that have changed, and whether they can now be sampled
+        self._marked: dict[int, bool] = {}
         buffer.attach_copy(self)
         weakref.finalize(buffer, self.close).atexit = False
 
@@ -114,23 +114,17 @@ class DeviceCopy:
         :param slots: (n,)
         :param activated: whether they can now be sampled, with the largest priority
         """
-        self._marked.append(slots)
-        if activated:
-            self._activated.append(slots)
-        if len(self._marked) > 1000:
-            # Bounds the memory during many steps without training
-            self._marked = [np.unique(np.concatenate(self._marked))]
-            self._activated = [np.unique(np.concatenate(self._activated))] if self._activated else []
+        for slot in slots.tolist():
+            self._marked[slot] = activated or self._marked.get(slot, False)
 
     def flush(self) -> None:
         """Copy slots that have changed on the host to the device."""
         if not self._marked:
             return
-        slots = np.unique(np.concatenate(self._marked))
-        activated = np.isin(slots, np.concatenate([slots[:0], *self._activated]))
+        slots = np.array([*self._marked])
+        activated = np.array([*self._marked.values()])
         changes = np.where(self._buffer.sampleable(slots), np.where(activated, MAX, KEEP), ZERO)
         self._marked.clear()
-        self._activated.clear()
         host = self._buffer.arrays()
         self.priorities.advance(self._buffer.n_added)
         for start in range(0, len(slots), self._n_staged):

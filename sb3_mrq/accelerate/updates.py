@@ -376,7 +376,7 @@ class Updates:
         """
         action = self._explore(observation, np.atleast_1d(np.float32(noise)))
         # Checked before decoding, which would return a valid discrete action in any case
-        if not th.isfinite(action).all():
+        if not np.isfinite(action.numpy()).all():
             raise DivergedError(f"the policy's action is {action.tolist()}")
         return self.learner.actions.decode(action).numpy()
 

@@ -180,7 +180,7 @@ class HerSubtrajectoryReplayBuffer(SubtrajectoryReplayBuffer):
         rows = replaced.nonzero()[:, 0]
         if len(rows) == 0:
             return samples
-        observation_slots, transition_slots, mask = slots.follow(starts[rows], n_steps)
+        observation_slots, transition_slots, mask, _ = slots.follow(starts[rows], n_steps)
         achieved = slots.observation("achieved_goal", observation_slots[:, 1:])
         goals = slots.observation("achieved_goal", self._goal_slots(slots, starts[rows])).to(achieved.dtype)
         infos = self.infos[transition_slots.numpy()].ravel() if self.copy_info_dict else [{} for _ in range(mask.numel())]
@@ -189,7 +189,7 @@ class HerSubtrajectoryReplayBuffer(SubtrajectoryReplayBuffer):
             goals[:, None].expand_as(achieved).flatten(0, 1).numpy(),
             list(infos),
         )
-        new_rewards = th.from_numpy(rewards).view(mask.shape).where(mask == 1, 0.0)
+        new_rewards = th.from_numpy(rewards).view(mask.shape) * mask
         desired = samples.observations["desired_goal"]
         desired[rows] = goals[:, None].expand(-1, *desired.shape[1:]).to(desired.dtype)
         return samples._replace(rewards=samples.rewards.index_copy(0, rows, new_rewards))

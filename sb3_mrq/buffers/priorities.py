@@ -26,6 +26,7 @@ class PriorityTree:
     """
 
     HOST_FAN_OUT, DEVICE_FAN_OUT = 32, 1024
+    LARGEST_POSITION = 1 - 2.0**-40
     # Small trees have as many levels as a tree of a million leaves, so that sampling always takes the same time
     MIN_LEVELS = 4
 
@@ -124,22 +125,21 @@ class PriorityTree:
         :return: (n,)
         """
         # Position of the sample within its node, from 0 to 1. Rescaling it at each level keeps more than 30 of its 53 random
-        # bits for the leaves. Unlike a remainder of the total, it cannot leave the node through rounding.
+        # bits for the leaves. Unlike a remainder of the total, it cannot leave the node through rounding: it is below 1 by
+        # more than the rounding error of its product with the total.
         if self.device is None:
             position = th.from_numpy(np.random.random((n, 1)))
         else:
             position = th.rand(n, 1, dtype=th.float64, device=self.device)
-        nodes = th.zeros(1, dtype=th.int64, device=self.device)
+        # All samples start at the single node of the last level
+        nodes = th.zeros(n, dtype=th.int64, device=self.device)
         for level in reversed(range(len(self.levels))):
-            # All samples start at the single node of the last level
-            cumulative = self._weights(level, nodes).cumsum(dim=1).expand(n, -1).contiguous()
-            total = cumulative[:, -1:]
-            mass = th.minimum(position * total, total.nextafter(th.zeros_like(total)))
+            weights = self._weights(level, nodes)
+            cumulative = weights.cumsum(dim=1)
+            mass = position.clamp_(0, self.LARGEST_POSITION) * cumulative[:, -1:]
             # Clamped, as searchsorted may exceed the last child if priorities are NaN
             child = th.searchsorted(cumulative, mass, right=True).clamp_max_(self.fan_out - 1)
-            upper = cumulative.gather(1, child)
-            lower = cumulative.gather(1, (child - 1).clamp_min_(0)).masked_fill_(child == 0, 0.0)
-            position = (mass - lower) / (upper - lower)
+            position = (mass - cumulative.gather(1, child)) / weights.gather(1, child) + 1
             nodes = nodes * self.fan_out + child[:, 0]
         return nodes
 

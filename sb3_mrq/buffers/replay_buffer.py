@@ -7,7 +7,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_mrq.buffers.samples import NStepSamples, SubtrajectorySamples
-from sb3_mrq.buffers.slots import SAMPLEABLE, TERMINATED, Slots
+from sb3_mrq.buffers.slots import SAMPLEABLE, Slots
 from sb3_mrq.buffers.storage import SegmentStorage
 from sb3_mrq.observations import map_observation, unbind_time
 
@@ -86,15 +86,14 @@ class SubtrajectoryReplayBuffer(SegmentStorage):
         :param ends_only: whether to read only the observations s_0 and s_H, (B, 2, ...)
         :return: the sub-trajectories, on the device of the slots; ``indices`` are the starts
         """
-        observation_slots, transition_slots, mask = slots.follow(starts, n_steps)
+        observation_slots, transition_slots, mask, terminated = slots.follow(starts, n_steps)
         if ends_only:
             observation_slots = observation_slots[:, :: observation_slots.shape[1] - 1]
-        terminated = (slots.read("flags", transition_slots) & TERMINATED) != 0
         return SubtrajectorySamples(
             slots.observations(observation_slots),
             slots.read("actions", transition_slots),
-            slots.read("rewards", transition_slots).where(mask == 1, 0.0),
-            (terminated & (mask == 1)).float(),
+            slots.read("rewards", transition_slots) * mask,
+            terminated.float(),
             mask.float(),
             starts,
         )

@@ -65,24 +65,26 @@ class Slots:
         position = slots % self.ring_size
         return slots - position + (position - steps) % self.ring_size
 
-    def follow(self, starts: th.Tensor, n_steps: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def follow(self, starts: th.Tensor, n_steps: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """
         Slots of sub-trajectories. After the end of a segment, its last observation and transition are repeated.
 
         :param starts: slots of the first transitions, (B,)
         :param n_steps: number of transitions, H
-        :return: slots of the observations s_0 to s_H, (B, H + 1), slots of the transitions, (B, H), and the mask, integers 0
-            and 1, (B, H)
+        :return: slots of the observations s_0 to s_H, (B, H + 1), slots of the transitions, (B, H), the mask, bool (B, H), and
+            whether the segment was terminated with a transition, False after its end, bool (B, H)
         """
         steps = th.arange(n_steps + 1, device=self.device)
         slots = self.back(starts[:, None], -steps)
-        continues = ((self.read("flags", slots[:, :-2]) & ENDED) == 0).long().cumprod(dim=1)
-        mask = th.cat([th.ones_like(slots[:, :1]), continues], dim=1)
+        flags = self.read("flags", slots)[:, :-1]
+        ended = flags & ENDED
+        # Nothing has ended before the transition
+        mask = ended.cumsum(dim=1) == ended
         length = mask.sum(dim=1, keepdim=True)
         observations = slots.gather(1, th.minimum(steps, length))
         # The slot of a final observation has no valid action
         transitions = slots.gather(1, th.minimum(steps[:-1], length - 1))
-        return observations, transitions, mask
+        return observations, transitions, mask, ((flags & TERMINATED) != 0) & mask
 
     def observations(self, slots: th.Tensor) -> Any:
         """

@@ -219,6 +219,25 @@ def test_training_and_loading(algorithm, strategy, tmp_path):
     loaded.learn(20, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("image_obs_space", [True, False])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_full_buffer_of_bits(continuous, image_obs_space, n_envs):
+    """As in SB3's tests of its own buffer: the last episodes alone are kept, and images are goals too."""
+
+    def make():
+        return BitFlippingEnv(n_bits=4, continuous=continuous, max_steps=5, image_obs_space=image_obs_space)
+
+    model = goal_model(env=DummyVecEnv([make] * n_envs), buffer_size=20 * n_envs).learn(80)
+    assert model.replay_buffer.full and model._n_updates > 0
+    samples = model.replay_buffer.sample(64)
+    achieved, desired = (samples.observations[key].flatten(2) for key in ("achieved_goal", "desired_goal"))
+    matched = (achieved[:, 1:] == desired[:, 1:]).all(dim=2)
+    valid = samples.mask == 1
+    assert th.equal(samples.rewards[valid], matched[valid].float() - 1)
+    assert matched[valid].any()
+
+
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
 def test_several_environments(vec_env_class):
     env = VecNormalize(vec_env_class([partial(NumberedEnv, number, [5]) for number in range(2)]))

@@ -130,6 +130,9 @@ class HerSubtrajectoryReplayBuffer(SubtrajectoryReplayBuffer):
                     f"compute_reward looks up {error} in the infos of transitions, which are not kept: pass "
                     "copy_info_dict=True in replay_buffer_kwargs."
                 ) from error
+            except AttributeError:
+                # Before its first reset, an environment may lack what compute_reward needs
+                pass
 
     def compute_rewards(self, achieved: np.ndarray, desired: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """

@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# Pattern in the last lines, and number of steps. train.py and compare.py have their own tests.
+# Pattern in the last lines, and number of steps. train.py has its own tests.
 LAST_WORDS = {
     "atari": ("4 training steps, observations of", 8),
     "custom_encoder": ("FourierFeatures", 12),
@@ -34,7 +34,7 @@ LAST_WORDS = {
 
 def test_all_are_known():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*LAST_WORDS, "train", "compare"}
+    assert scripts == {*LAST_WORDS, "train"}
 
 
 def run(name, folder, steps, *arguments):

@@ -42,24 +42,14 @@ sb3-mrq() {{
         train*) more="-n {STEPS} --save-freq {STEPS // 2} $evaluations $params $mrq" ;;
         enjoy*|record_video*) more="-n 20" ;;
         diagnose*) more="-n 2" ;;
+        compare*) more="--algos mrq:learning_starts={STEPS // 2}:batch_size=8,td3 --seeds 1 --steps {STEPS} --eval-episodes 1
+                        --eval-freq {STEPS} --jobs 1" ;;
     esac
     case "$*" in
         # The installed command itself
         train*" --algo mrq "*" --seed 1 "*) command sb3-mrq "$@" $more ;;
         # The same program in a fork of a process that has imported torch
         *) $FORK_ZOO "$PYTHON" "$(type -P sb3-mrq)" "$@" $more ;;
-    esac
-}}
-python() {{
-    local more=
-    case "$*" in
-        *compare.py*) more="--steps {STEPS} --eval-freq {STEPS} --eval-episodes 1" ;;
-        *benchmarks.study*) more="--tasks Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS}
-                       --eval-episodes 1 --hyperparams learning_starts:{STEPS // 2} batch_size:8 --jobs 1" ;;
-    esac
-    case "$*" in
-        *compare.py*) $FORK_SCRIPTS "$PYTHON" "$@" $more ;;
-        *) command python "$@" $more ;;
     esac
 }}
 make() {{
@@ -125,13 +115,13 @@ def test_what_the_commands_leave(folder):
     assert np.load(folder / "logs/td3/Pendulum-v1_1/evaluations.npz")["results"].shape == (2, 2)
     (trials,) = (folder / "logs/mrq").glob("report_*.csv")
     assert pd.read_csv(trials)["state"].tolist() == ["COMPLETE"]
-    assert set(pd.read_csv(folder / "runs/compare/compare.csv")["algorithm"]) == {"MRQ", "TD3", "SAC"}
+    assert set(pd.read_csv(folder / "runs/pendulum/results.csv")["step"]) == {0, STEPS}
+    assert "| MR.Q" in (folder / "runs/pendulum/README.md").read_text()
     assert len(list(folder.glob("make*/**/*.mp4"))) == 2
     assert list(folder.glob("logs/mrq/Pendulum-v1_1/videos/*.mp4"))
     assert (folder / "logs/mrq/Pendulum-v1_1/diagnosis/index.html").exists()
     assert (folder / "continued/mrq/Pendulum-v1_1/Pendulum-v1.zip").exists()
     assert matplotlib.image.imread(folder / "scores.png").std() > 0
-    assert list(folder.glob("runs/*/report/index.html"))
 
 
 def test_snippets(tmp_path):
@@ -157,6 +147,6 @@ def test_links():
 
 
 def test_number_of_examples():
-    assert "fifteen scripts and a notebook" in README.read_text("utf-8")
-    assert len(list((ROOT / "examples").glob("*.py"))) == 15
+    assert "fourteen scripts and a notebook" in README.read_text("utf-8")
+    assert len(list((ROOT / "examples").glob("*.py"))) == 14
     assert len(list((ROOT / "examples").glob("*.ipynb"))) == 1

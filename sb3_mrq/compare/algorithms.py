@@ -89,8 +89,8 @@ def labels(names: Sequence[str]) -> dict[str, str]:
 
 def zoo_section(algo: str, task: str) -> dict[str, Any] | None:
     """
-    Hyperparameters that differ from what rl-zoo3 would choose: those for an older version of the task, or those for
-    HalfCheetah for the DeepMind Control suite. Atari games use rl-zoo3's hyperparameters with MR.Q's preprocessing, as rl-zoo3's wrappers
+    Hyperparameters that differ from what rl-zoo3 would choose: those for an older version of the task, or for HalfCheetah on
+    the DeepMind Control suite. Atari games use rl-zoo3's hyperparameters with MR.Q's preprocessing, as rl-zoo3's wrappers
     would repeat what the games do themselves.
 
     :param algo: algorithm of rl-zoo3

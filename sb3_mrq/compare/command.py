@@ -5,6 +5,7 @@ The script ``compare``: its command line, and the course of a comparison.
 import argparse
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import gymnasium as gym
@@ -32,7 +33,8 @@ DESCRIPTION = f"""Train algorithms on the same tasks with the same seeds, steps 
     sb3-mrq compare --suite dmc --algos mrq,td3,sac --seeds 3 --steps 30000 --out runs/dmc
 
 Each run is rl-zoo3's training script in its own process, with rl-zoo3's hyperparameters. An algorithm can be given others, as
-in mrq:n_steps=1:precision=float32. Named variants are {", ".join(VARIANTS)}.
+in mrq:n_steps=1:precision=float32. There are named variants:
+{textwrap.fill(", ".join(VARIANTS), 127, break_on_hyphens=False)}.
 
 Repeating a command skips finished runs and resumes interrupted ones, of mrq and drq from their last checkpoint, of others from
 the beginning. Ctrl-C and SIGTERM end the runs, of mrq and drq with a checkpoint. Failed runs are listed at the end. The report
@@ -47,7 +49,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--env", nargs="+", metavar="ID", help="ids of environments")
     what.add_argument("--suite", choices=SUITES, help="all tasks of a part of the paper's benchmark")
-    parser.add_argument("--algos", help="(default: mrq,td3,sac, or mrq,dqn,qrdqn for discrete actions)")
+    parser.add_argument("--algos", metavar="NAME,NAME", help="(default: mrq,td3,sac, or mrq,dqn,qrdqn for discrete actions)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="environment steps of each run (default: the paper's)")

@@ -90,8 +90,10 @@ def over_all_tasks(results: pd.DataFrame, out: Path) -> list[str]:
     :param out: folder for the figures
     :return: paragraphs in Markdown
     """
-    matrices, left_out = normalise(at_last_common_step(results))
-    without = f"Left out, without a fixed scale or results of all algorithms: {', '.join(left_out)}." if left_out else ""
+    matrices, tasks = normalise(at_last_common_step(results))
+    left_out = sorted(set(results["task"]) - set(tasks))
+    reason = "a fixed scale, results of all algorithms or a step at which all were evaluated"
+    without = f"Left out, without {reason}: {', '.join(left_out)}." if left_out else ""
     if not matrices:
         return [without]
     first, *others = matrices
@@ -112,9 +114,8 @@ def over_all_tasks(results: pd.DataFrame, out: Path) -> list[str]:
             f"probability that {first} is better": ["", *(cell(better, name, 0, min(n_seeds.values())) for name in others)],
         }
     )
-    n_tasks = next(iter(matrices.values())).shape[1]
     return [
-        f"Over {n_tasks} task{'s' if n_tasks > 1 else ''}. Every task counts with as many seeds as the task with the fewest. "
+        f"Over {len(tasks)} task{'s' if len(tasks) > 1 else ''}. Every task counts with as many seeds as the task with the fewest. "
         f"From {MIN_SEEDS} seeds on there are 95 % intervals, by a bootstrap stratified by task; with fewer than 5 they "
         f"are too narrow. Returns are normalised: {IN_WORDS}.",
         without,

@@ -32,8 +32,8 @@ def at_last_common_step(results: pd.DataFrame) -> pd.DataFrame:
 def normalise(final: pd.DataFrame) -> tuple[Matrices, list[str]]:
     """
     :param final: see :func:`at_last_common_step`
-    :return: normalised returns by label of the algorithm, (n_seeds, n_tasks), and tasks that are left out. Every task has as
-        many seeds as the task with the fewest.
+    :return: normalised returns by label of the algorithm, (n_seeds, n_tasks), and the tasks: those with a scale and results of
+        all algorithms. Every task has as many seeds as the task with the fewest.
     """
     algorithms = list(final["label"].unique())
     columns: dict[str, Matrices] = {}
@@ -46,7 +46,7 @@ def normalise(final: pd.DataFrame) -> tuple[Matrices, list[str]]:
     for name in algorithms if columns else ():
         n_seeds = min(len(column[name]) for column in columns.values())
         matrices[name] = np.stack([column[name][:n_seeds] for column in columns.values()], axis=1)
-    return matrices, [task for task in final["task"].unique() if task not in columns]
+    return matrices, list(columns)
 
 
 def _estimates(scores: Mapping[str, Any], function: Callable[..., np.ndarray]) -> Estimates:

@@ -116,8 +116,8 @@ def over_all_tasks(results: pd.DataFrame, out: Path) -> list[str]:
     )
     return [
         f"Over {len(tasks)} task{'s' if len(tasks) > 1 else ''}. Every task counts with as many seeds as the task with the "
-        f"fewest. From {MIN_SEEDS} seeds on there are 95 % intervals, by a bootstrap stratified by task; with fewer than 5 they "
-        f"are too narrow. Returns are normalised: {IN_WORDS}.",
+        f"fewest. From {MIN_SEEDS} seeds on there are 95 % intervals, by a bootstrap stratified by task; with fewer than 5 "
+        f"they are too narrow. Returns are normalised: {IN_WORDS}.",
         without,
         markdown(table),
         save(draw_aggregates(both), out, "aggregates") if min(n_seeds.values()) >= MIN_SEEDS else "",

@@ -37,9 +37,9 @@ from stable_baselines3.common.envs import IdentityEnv, IdentityEnvBox, IdentityE
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.noise import NormalActionNoise
 
-from benchmarks.evaluation import processor
 from sb3_mrq import DRQ, MRQ
 from sb3_mrq.action_spaces import CategoricalActions, make_actions
+from sb3_mrq.compare.versions import processor
 
 #: rollouts whose actions are counted
 RECENT = 1000

@@ -39,13 +39,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.evaluation import processor
 from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.accelerate.device_copy import DeviceCopy
 from sb3_mrq.accelerate.precision import bfloat16_is_fast
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
+from sb3_mrq.compare.versions import processor
 from sb3_mrq.envs import AtariWrapper
 from sb3_mrq.losses import n_step_return
 

@@ -16,7 +16,8 @@ USAGE = """usage: sb3-mrq <script> [arguments]
 
 Scripts of rl-zoo3: train, enjoy, record_video, record_training, plot_train, all_plots, plot_from_file, benchmark, push_to_hub,
 load_from_hub.
-Script of this package: diagnose, a report on what a trained model has learned.
+Scripts of this package: diagnose, a report on what a trained model has learned; compare, which trains algorithms on the same
+tasks and reports on them; report, which makes that report again.
 Each takes its own arguments: sb3-mrq <script> --help. The algorithms of this package are mrq, the default,
 and drq (--algo drq).
 plot_train takes -o FILE too, and writes its figure there.
@@ -36,6 +37,7 @@ EXTRAS = {
     "optuna": "zoo",
     "pandas": "zoo",
     "pytablewriter": "zoo",
+    "ray": "ray",
     "rl_zoo3": "zoo",
     "rliable": "zoo",
     "sb3_contrib": "zoo",
@@ -43,6 +45,7 @@ EXTRAS = {
     "seaborn": "zoo",
     "sklearn": "zoo",
     "shimmy": "dmc",
+    "tqdm": "compare",
 }
 
 # Packages that read the arguments and files of the user, and raise errors about them

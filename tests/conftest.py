@@ -25,13 +25,12 @@ else:
 # Tests that share nothing with others go to any worker one by one, for ``--dist loadscope``: their files, and how their names
 # begin there. All other tests of a file stay together.
 APART = {
-    "test_compare_example.py": "",
     "test_docs.py": "test_code_runs",
     "test_envs_rendering.py": "",
     "test_examples.py": "",
     "test_fast.py": "(?!test_500_updates)",
     "test_readme.py": "test_(snippets|extras|links)",
-    "test_study.py": "",
+    "test_compare.py": "",
     "test_zoo_scripts.py": "test_(?!subproc|record_training|benchmark)",
 }
 

@@ -125,6 +125,14 @@ MISTAKES = [
     ),
     (["plot_train", "-a", "mrq", "-e", "Acrobot-v1", "-f", "logs"], "no results of training for mrq on Acrobot-v1 in logs"),
     (["plot_from_file", "-i", "nowhere.pkl"], "nowhere.pkl: No such file or directory"),
+    (["compare", "--env", "Pendulum-v2", "--steps", "9"], "There is no task Pendulum-v2. Did you mean Pendulum-v1?"),
+    (["compare", "--env", "Pendulum-v1"], "--steps is needed for Pendulum-v1"),
+    (["compare", "--env", "Pendulum-v1", "--steps", "0"], "--steps is 0, but must be at least 1"),
+    (["compare", "--env", "Pendulum-v1", "--steps", "9", "--algos", "mqr"], "There is no algorithm mqr. Did you mean mrq?"),
+    (["compare", "--suite", "dcm"], "invalid choice: 'dcm'"),
+    (["report", "nowhere"], "--out FOLDER is needed"),
+    (["report", "logs"], "There are no finished runs in logs"),
+    (["report", "text", "--out", "here"], "text is not a table of a comparison"),
     (["trian"], "There is no script trian. Did you mean train?"),
 ]
 

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 EXTRAS = set(metadata("sb3-mrq").get_all("Provides-Extra"))
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-# Pattern in the last lines, number of steps, and further arguments. train.py and compare.py have their own tests.
+# Pattern in the last lines, number of steps, and further arguments. train.py has its own tests.
 LAST_WORDS = {
     "atari": ("4 training steps, observations of", 8),
     "custom_encoder": ("FourierFeatures", 12),
@@ -35,7 +35,7 @@ LAST_WORDS = {
 
 def test_all_are_known():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*LAST_WORDS, "train", "compare"}
+    assert scripts == {*LAST_WORDS, "train"}
 
 
 @pytest.mark.parametrize("name", LAST_WORDS)

@@ -1,5 +1,5 @@
 """
-All scripts of rl-zoo3 with ``mrq`` and ``drq`` as additional algorithms, and ``diagnose``.
+All scripts of rl-zoo3 with ``mrq`` and ``drq`` as additional algorithms, and ``diagnose``, ``compare`` and ``report``.
 """
 
 import argparse
@@ -44,6 +44,8 @@ SCRIPTS = {
     "push_to_hub": "rl_zoo3.push_to_hub",
     "load_from_hub": "rl_zoo3.load_from_hub",
     "diagnose": "sb3_mrq.zoo.diagnose:diagnose_script",
+    "compare": "sb3_mrq.compare.command:compare_script",
+    "report": "sb3_mrq.compare.report:report_script",
 }
 PLOTS = ("plot_train", "all_plots", "plot_from_file")
 # Scripts that run a trained model from the folder -f
@@ -86,7 +88,7 @@ def _take_dataset(arguments: list[str]) -> list[str]:
     return others
 
 
-def _check_task(env_id: str) -> None:
+def check_task(env_id: str) -> None:
     """
     :param env_id: id of a task
     :raises ConfigurationError: if it is not registered, with the closest id
@@ -373,7 +375,7 @@ def _prepare(script: str, arguments: list[str]) -> list[str]:
         options.algo = "mrq"
         arguments = ["--algo", "mrq", *arguments]
     if options.env is not None:
-        _check_task(options.env)
+        check_task(options.env)
         if script != "train" and "mujoco" in str(gym.registry.get(options.env)):
             rendering.choose_backend()
     if options.device is not None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import fork_server
 import numpy as np
+import pandas as pd
 import pytest
 import rl_zoo3
 import torch as th
@@ -125,10 +126,14 @@ class TestAlgorithms:
 
     def test_names_in_figures(self):
         names = ["mrq-bfloat16", "drq", "qrdqn", "td3", "mrq-no-encoder-loss", "mrq:n_steps=1", "mrq-float32-medium"]
-        assert list(labels(names).values()) == [
+        assert list(labels(pd.DataFrame({"algorithm": names, "task": "a"}))) == [
             *("MR.Q", "DR.Q", "QR-DQN", "TD3", "MR.Q, no encoder losses", "MR.Q, n_steps=1", "MR.Q, float32 medium")
         ]
-        assert list(labels(["mrq-bfloat16", "mrq-float32"]).values()) == ["MR.Q, bfloat16", "MR.Q, float32"]
+
+    @pytest.mark.parametrize("tasks, expected", [("ab", ["MR.Q", "MR.Q"]), ("aa", ["MR.Q, bfloat16", "MR.Q, float32"])])
+    def test_precision_in_figures(self, tasks, expected):
+        """It is told if one task was run in both."""
+        assert list(labels(pd.DataFrame({"algorithm": ["mrq-bfloat16", "mrq-float32"], "task": [*tasks]}))) == expected
 
     def test_zoo_hyperparameters(self):
         assert zoo_section("mrq", "dmc/walker-walk-v0") is None

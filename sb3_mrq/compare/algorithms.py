@@ -3,10 +3,10 @@ The algorithms of a comparison: variants, names in figures, and hyperparameters.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import rl_zoo3
 import yaml
 
@@ -73,18 +73,25 @@ def resolve(name: str) -> tuple[str, list[str]]:
     return algo, [*VARIANTS.get(variant, ("", ()))[1], *(setting.replace("=", ":", 1) for setting in settings)]
 
 
-def labels(names: Sequence[str]) -> dict[str, str]:
+def label(name: str) -> str:
     """
-    :param names: names of algorithms and variants
-    :return: their names in figures. The precision is only in it if two would have the same name without it.
+    :param name: name of an algorithm or variant
+    :return: its name in figures
     """
-    full = {}
-    for name in names:
-        variant, *settings = name.split(":")
-        words = VARIANTS[variant][0] if variant in VARIANTS else variant.partition("-")[2].replace("-", " ")
-        full[name] = ", ".join(filter(None, [NAMES.get(base_of(name), base_of(name).upper()), words, *settings]))
-    short = {name: re.sub(rf", ({'|'.join(PRECISIONS)})$", "", label) for name, label in full.items()}
-    return {name: label if list(short.values()).count(label) == 1 else full[name] for name, label in short.items()}
+    variant, *settings = name.split(":")
+    words = VARIANTS[variant][0] if variant in VARIANTS else variant.partition("-")[2].replace("-", " ")
+    return ", ".join(filter(None, [NAMES.get(base_of(name), base_of(name).upper()), words, *settings]))
+
+
+def labels(results: pd.DataFrame) -> pd.Series:
+    """
+    :param results: results with the columns task and algorithm
+    :return: names of the algorithms in figures. The precision is only in it if a task was run in several.
+    """
+    full = results["algorithm"].map(label)
+    short = full.str.replace(rf", ({'|'.join(PRECISIONS)})$", "", regex=True)
+    n_precisions = full.groupby([results["task"], short]).transform("nunique")
+    return short.where(n_precisions.groupby(short).transform("max") == 1, full)
 
 
 def zoo_section(algo: str, task: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sb3_mrq.compare.algorithms import base_of, labels
+from sb3_mrq.compare.algorithms import base_of, label, labels
 from sb3_mrq.compare.evaluation import COLUMNS
 from sb3_mrq.compare.figures import draw_aggregates, draw_curves, save
 from sb3_mrq.compare.published import compare_with_published, read_published
@@ -49,9 +49,8 @@ def read_results(paths: Sequence[Path]) -> pd.DataFrame:
         task, algorithm, seed, step = twice.iloc[0][EVALUATION]
         files = " and in ".join(twice["file"][:2])
         raise ConfigurationError(f"Step {step} of {algorithm} on {task}, seed {seed}, is in {files}. Give each run once.")
-    names = labels(list(results["algorithm"].unique()))
     first = results["algorithm"].map(lambda name: {"mrq": 0, "drq": 1}.get(base_of(name), 2))
-    results = results.drop(columns="file").assign(label=results["algorithm"].map(names), first=first)
+    results = results.drop(columns="file").assign(label=labels(results), first=first)
     return results.sort_values(["first", "label", *EVALUATION], ignore_index=True).drop(columns="first")
 
 
@@ -151,7 +150,7 @@ def make_report(results: pd.DataFrame, published: Path | None, out: Path, title:
     :return: the page
     """
     theirs = results[:0] if published is None else read_published(published, results)
-    theirs = theirs.assign(label=theirs["algorithm"].map(labels(["mrq", "drq"])) + ", published")
+    theirs = theirs.assign(label=theirs["algorithm"].map(label) + ", published")
     out.mkdir(parents=True, exist_ok=True)
     results[list(COLUMNS)].to_csv(out / "results.csv", index=False)
     machines = results.groupby(["label", "algorithm"], sort=False)["machine"].unique()

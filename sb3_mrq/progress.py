@@ -124,9 +124,8 @@ class TrainingProgress:
         now, total = time.perf_counter(), model.target_update_interval
         if self._running and done == model._n_updates == 0 and model.verbose >= 1:
             warm_up = "" if model.offline else f"Warm-up done after {model.learning_starts:,} steps. "
-            print(
-                f"{warm_up}Training begins with a burst of {total} encoder updates. One follows every {total} training steps."
-            )
+            burst = f"a burst of {total} encoder updates"
+            print(f"{warm_up}Training begins with {burst}. Another follows every {total} training steps.")
         if done == total:
             if self._burst is not None and done > self._burst[1]:
                 self._encoder_seconds = (now - self._burst[0]) / (done - self._burst[1])

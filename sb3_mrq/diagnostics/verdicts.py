@@ -72,9 +72,7 @@ def _linearity(diagnosis: Any) -> Verdict:
     if math.isnan(r2):
         return Verdict(name, "grey", "Q does not vary, or there are too few episodes.")
     level = _level(r2, LINEARITY_R2)
-    advice = (
-        "" if level == "green" else "Use more episodes (-n) to be sure, then train longer: the embedding is not there yet."
-    )
+    advice = "" if level == "green" else "Use more episodes to be sure, then train longer: the embedding is not there yet."
     return Verdict(name, level, f"A linear function of z_sa explains Q with R² {r2:.2f}.", advice)
 
 
@@ -102,7 +100,7 @@ def _bias(diagnosis: Any) -> Verdict:
         name,
         level,
         finding,
-        "Values are too high. Train longer; if it stays, check that the environment reports terminations and truncations right.",
+        "Values are too high. Train longer; if it stays, check how the environment reports terminations and truncations.",
     )
 
 

@@ -16,7 +16,7 @@ USAGE = """usage: sb3-mrq <script> [arguments]
 
 Scripts of rl-zoo3: train, enjoy, record_video, record_training, plot_train, all_plots, plot_from_file, benchmark, push_to_hub,
 load_from_hub.
-Script of this package: diagnose, a report on what a trained model has learned.
+Scripts of this package: diagnose, a report on what a trained model has learned, and speed, how fast a task trains here.
 Each takes its own arguments: sb3-mrq <script> --help. The algorithms of this package are mrq, the default,
 and drq (--algo drq).
 plot_train takes -o FILE too, and writes its figure there.
@@ -115,7 +115,12 @@ def main() -> None:
         print(f"sb3-mrq {sb3_mrq.__version__}")
         return
     try:
-        # Help and version do without rl-zoo3
+        # These, help and version do without rl-zoo3
+        if script == "speed":
+            from sb3_mrq.speed import speed_script
+
+            speed_script(arguments)
+            return
         from sb3_mrq.zoo.scripts import run
 
         run(script, arguments)

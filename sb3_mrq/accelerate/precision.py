@@ -38,6 +38,14 @@ def bfloat16_is_fast(device: th.device) -> bool:
     return True
 
 
+def fast_precisions(device: th.device) -> list[str]:
+    """
+    :param device: device of the networks
+    :return: precisions, without bfloat16 if it is known to be slower than float32
+    """
+    return ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if bfloat16_is_fast(device) else [])]
+
+
 def automatic_precision(device: th.device, *networks: nn.Module) -> str:
     """
     Precision that ``precision="auto"`` selects: bfloat16 where it was measured to be faster, on processors with AMX or

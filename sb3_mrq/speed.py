@@ -15,6 +15,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import get_device
 
 from sb3_mrq.accelerate.precision import fast_precisions
+from sb3_mrq.arguments import Number, check_argument
 from sb3_mrq.drq import DRQ
 from sb3_mrq.mrq import MRQ
 from sb3_mrq.progress import duration, milliseconds
@@ -143,6 +144,7 @@ def speed_script(arguments: list[str]) -> None:
     parser.add_argument("--device", help="PyTorch device to be use (ex: cpu, cuda...)", default="auto")
     parser.add_argument("--seconds", help="time to measure each precision (default: %(default)s)", default=20.0, type=float)
     args = parser.parse_args(arguments)
+    check_argument("seconds", args.seconds, Number(least=0))
     try:
         device = get_device(args.device)
         th.empty(0, device=device)

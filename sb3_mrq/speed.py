@@ -153,7 +153,7 @@ def speed_script(arguments: list[str]) -> None:
     # Errors of the task come first
     make_task(args.env).close()
 
-    where = th.cuda.get_device_name(device) if device.type == "cuda" else f"{th.get_num_threads()} threads"
+    where = th.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {th.get_num_threads()}"
     print(f"{args.algo} on {args.env}, default hyperparameters, {device.type} ({where}). Compiling may take some minutes.")
     if hasattr(os, "getloadavg"):
         print(

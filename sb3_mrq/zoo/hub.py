@@ -77,6 +77,8 @@ def model_card(theirs: str, arguments: list[str]) -> str:
     parser.add_argument("--env", type=EnvironmentName)
     parser.add_argument("-orga", "--organization")
     parser.add_argument("-name", "--repo-name")
+    # Or -n would be taken for an abbreviation of -name
+    parser.add_argument("-n", "--n-timesteps")
     options = parser.parse_known_args(arguments)[0]
     if options.algo not in ALGORITHMS:
         return theirs

@@ -43,7 +43,7 @@ from benchmarks.memory import resident
 from benchmarks.plain import Plain
 from sb3_mrq import MRQ
 from sb3_mrq.accelerate.device_copy import DeviceCopy
-from sb3_mrq.accelerate.precision import bfloat16_is_fast
+from sb3_mrq.accelerate.precision import fast_precisions
 from sb3_mrq.buffers import NStepSamples, SubtrajectoryReplayBuffer, SubtrajectorySamples
 from sb3_mrq.compare.versions import processor
 from sb3_mrq.envs import AtariWrapper
@@ -126,15 +126,6 @@ def matmul_rate(dtype: th.dtype, device: str, seconds: float) -> float:
     return n * 2 * 256 * 512 * 512 / fastest(products, seconds)
 
 
-def precisions(device: str) -> list[str]:
-    """
-    :param device: cpu or cuda
-    :return: precisions to time, without bfloat16 if it would take minutes for each update
-    """
-    without = ["float32"] if device == "cpu" else ["float32", "tf32"]
-    return [*without, "bfloat16"] if bfloat16_is_fast(th.device(device)) else without
-
-
 def time_plain(model: MRQ, subtrajectories: SubtrajectorySamples, n_step: NStepSamples, seconds: float) -> float:
     """
     :param model: model with the discount factor and the device
@@ -177,8 +168,8 @@ def time_updates(device: str, seconds: float, without_compiling: bool = False, i
     :param seconds: time to measure each figure
     :param without_compiling: see ``modes``
     :param images: whether observations are images, for which there is no plain implementation
-    :return: milliseconds of the two updates in each of ``precisions`` and ``modes``, the ratio of the floor to them, and their
-        speed relative to the plain implementation. The floor is the time of matrix products with as many operations.
+    :return: milliseconds of the two updates in each of ``fast_precisions`` and ``modes``, the ratio of the floor to them, and
+        their speed relative to the plain implementation. The floor is the time of matrix products with as many operations.
     """
     policy, env = ("CnnPolicy", ImageNoiseEnv()) if images else ("MlpPolicy", NoiseEnv())
     model = MRQ(
@@ -216,7 +207,7 @@ def time_updates(device: str, seconds: float, without_compiling: bool = False, i
     figures: dict[str, Any] = {"gflop": gflop}
     if not images:
         figures["plain_ms"] = 1e3 * time_plain(model, subtrajectories, n_step, seconds)
-    for precision in precisions(device):
+    for precision in fast_precisions(th.device(device)):
         th.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         rate = matmul_rate(th.bfloat16 if precision == "bfloat16" else th.float32, device, seconds)
         th.set_float32_matmul_precision("highest")
@@ -256,9 +247,9 @@ def time_training(env_id: str, device: str, steps: int, without_compiling: bool)
     :param device: cpu or cuda
     :param steps: environment steps, each with a training step
     :param without_compiling: whether to train uncompiled, on a GPU still captured
-    :return: steps a second of whole training, simulation included, in the last of ``precisions``
+    :return: steps a second of whole training, simulation included, in the last of ``fast_precisions``
     """
-    precision = precisions(device)[-1]
+    precision = fast_precisions(th.device(device))[-1]
     atari = env_id.startswith("ALE/")
     env = make_vec_env(lambda: AtariWrapper(gym.make(env_id)) if atari else gym.make(env_id), seed=0)
     policy = "CnnPolicy" if atari else "MlpPolicy"
@@ -278,7 +269,7 @@ def time_parallel_training(device: str, steps: int, n_envs: int) -> dict[str, fl
     :param steps: training steps to time, a multiple of ``n_envs`` and of the interval of the targets below
     :param n_envs: number of environments
     :return: training steps a second with one environment and with ``n_envs``, simulation included, in the last of
-        ``precisions``, uncompiled
+        ``fast_precisions``, uncompiled
     """
     interval, figures = 8, {}
     for n in (1, n_envs):
@@ -289,7 +280,7 @@ def time_parallel_training(device: str, steps: int, n_envs: int) -> dict[str, fl
             target_update_interval=interval,
             seed=0,
             device=device,
-            precision=precisions(device)[-1],
+            precision=fast_precisions(th.device(device))[-1],
             compile_updates=False,
         )
         model.learn(512 + interval)

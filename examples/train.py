@@ -18,12 +18,14 @@ import json
 import os
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 if sys.platform == "linux" and "DISPLAY" not in os.environ:
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame looks for a display even if it draws to an array
 
 import gymnasium as gym
 import matplotlib
@@ -33,7 +35,6 @@ from gymnasium.wrappers import RecordVideo
 from matplotlib import pyplot as plt
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.preprocessing import is_image_space
@@ -47,6 +48,7 @@ from sb3_mrq.diagnostics import diagnose
 HYPERPARAMS = Path(__file__).resolve().parents[1] / "hyperparams" / "mrq.yml"
 N_EVALUATIONS = 20  # during training
 N_EVAL_EPISODES = 10  # of each evaluation, in as many parallel environments; twice as many after training
+MAX_EVAL_STEPS = 100_000  # in all, for the memory of the diagnosis: only some Atari games last longer
 VIDEO_FRAMES = 500
 
 # A small task: small networks solve it in fewer steps than the default 10,000 random ones.
@@ -94,22 +96,26 @@ def choose_policy(observation_space: gym.Space) -> str:
     return "CnnPolicy" if is_image_space(observation_space) else "MlpPolicy"
 
 
-def evaluate(model: MRQ, env: VecEnv, env_id: str, path: Path) -> None:
-    """Write returns and lengths of the episodes, and the mean and standard deviation of the returns."""
-    returns, lengths = evaluate_policy(model, env, n_eval_episodes=2 * N_EVAL_EPISODES, return_episode_rewards=True)
-    mean, std = pd.Series(returns).mean(), pd.Series(returns).std(ddof=0)
+def evaluate(model: MRQ, env: VecEnv, env_id: str, folder: Path) -> None:
+    """Play episodes without exploration. Write their returns and lengths, and a report of what the model has learned."""
+    diagnosis = diagnose(model, env, 2 * N_EVAL_EPISODES, max_steps=MAX_EVAL_STEPS)
+    returns, mean, std = diagnosis.episode_returns, diagnosis.episode_returns.mean(), diagnosis.episode_returns.std()
     evaluation = {
         "env": env_id,
         "steps": model.num_timesteps,
         "mean_return": mean,
         "std_return": std,
-        "returns": [float(value) for value in returns],
-        "lengths": [int(value) for value in lengths],
+        "returns": returns.tolist(),
+        "lengths": diagnosis.episode_lengths.tolist(),
     }
-    path.write_text(json.dumps(evaluation, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    diagnosis.report(folder / "diagnosis")
     threshold = DEMO_REWARD_THRESHOLD if env_id == DEMO_ENV else gym.spec(env_id).reward_threshold
     verdict = "" if threshold is None else f" ({'solved' if mean >= threshold else 'not solved'}: {threshold:g} is asked for)"
-    print(f"{env_id} after {model.num_timesteps} steps: {mean:.1f} +/- {std:.1f} over {len(returns)} episodes{verdict}")
+    cut_off = ", cut off" if diagnosis.episode_lengths.sum() >= MAX_EVAL_STEPS else ""
+    print(
+        f"{env_id} after {model.num_timesteps} steps: {mean:.1f} +/- {std:.1f} over {len(returns)} episodes{cut_off}{verdict}"
+    )
 
 
 def plot(evaluations: pd.DataFrame, folder: Path, title: str) -> None:
@@ -154,12 +160,15 @@ def main() -> None:
     folder = folder.absolute()  # the environment may change the working directory
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.use("Agg")
+    # Nobody can act on these: tqdm's bar works, and the folder of a run holds its video
+    for message in ("rich is experimental", ".*Overwriting existing videos"):
+        warnings.filterwarnings("ignore", message)
 
     env = Monitor(make_env(args.env), str(folder / "monitor.csv"))
     eval_env = make_vec_env(partial(make_env, args.env), n_envs=N_EVAL_EPISODES, seed=args.seed + 1)
 
     hyperparams = DEMO_HYPERPARAMS if args.env == DEMO_ENV else {}
-    model = MRQ(choose_policy(env.observation_space), env, seed=args.seed, **hyperparams)
+    model = MRQ(choose_policy(env.observation_space), env, seed=args.seed, verbose=1, **hyperparams)
     model.set_logger(configure(str(folder), ["csv"]))
     eval_callback = EvalCallback(
         eval_env, n_eval_episodes=N_EVAL_EPISODES, eval_freq=max(steps // N_EVALUATIONS, 1), log_path=str(folder)
@@ -177,8 +186,7 @@ def main() -> None:
         film(model, args.env, folder, args.seed)
     except Exception as error:  # without a display each renderer raises its own
         print(f"No video: {args.env} cannot be rendered here ({error!r}).")
-    diagnose(model, eval_env).report(folder / "diagnosis")
-    evaluate(model, eval_env, args.env, folder / "evaluation.json")
+    evaluate(model, eval_env, args.env, folder)
     print(f"Everything is in {folder}")
 
 

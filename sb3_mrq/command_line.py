@@ -17,7 +17,7 @@ USAGE = """usage: sb3-mrq <script> [arguments]
 Scripts of rl-zoo3: train, enjoy, record_video, record_training, plot_train, all_plots, plot_from_file, benchmark, push_to_hub,
 load_from_hub.
 Scripts of this package: diagnose, a report on what a trained model has learned; compare, which trains algorithms on the same
-tasks and reports on them; report, which makes that report again.
+tasks and reports on them; report, which makes that report again; speed, how fast a task trains here.
 Each takes its own arguments: sb3-mrq <script> --help. The algorithms of this package are mrq, the default,
 and drq (--algo drq).
 plot_train takes -o FILE too, and writes its figure there.
@@ -118,7 +118,12 @@ def main() -> None:
         print(f"sb3-mrq {sb3_mrq.__version__}")
         return
     try:
-        # Help and version do without rl-zoo3
+        # These, help and version do without rl-zoo3
+        if script == "speed":
+            from sb3_mrq.speed import speed_script
+
+            speed_script(arguments)
+            return
         from sb3_mrq.zoo.scripts import run
 
         run(script, arguments)

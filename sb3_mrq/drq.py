@@ -2,19 +2,17 @@
 DR.Q, the successor of MR.Q: the same algorithm with a contrastive term in the encoder loss and priorities that fade with age.
 """
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_mrq import policies
 from sb3_mrq.arguments import explain_foreign
 from sb3_mrq.mrq import MRQ
-
-SelfDRQ = TypeVar("SelfDRQ", bound="DRQ")
 
 
 class MlpPolicy(policies.MRQPolicy):
@@ -191,14 +189,3 @@ class DRQ(MRQ):
             device=device,
             _init_setup_model=_init_setup_model,
         )
-
-    def learn(
-        self: SelfDRQ,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "DRQ",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfDRQ:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

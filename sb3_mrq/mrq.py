@@ -2,8 +2,7 @@
 MR.Q for Stable-Baselines3: hyperparameters, update schedule, logging, saving.
 """
 
-import warnings
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -13,11 +12,10 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import recursive_getattr
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import FloatSchedule, update_learning_rate
 
-from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast
+from sb3_mrq.accelerate.precision import automatic_precision, bfloat16_is_fast, warn_if_changed
 from sb3_mrq.accelerate.updates import Updates, restore_groups
 from sb3_mrq.action_noise import hold_noise
 from sb3_mrq.action_spaces import is_greedy, make_actions
@@ -31,8 +29,6 @@ from sb3_mrq.off_policy_algorithm import ResumableOffPolicyAlgorithm
 from sb3_mrq.offline import cloning_scale
 from sb3_mrq.persist.weights import add_reward_scales, restore_old_reward_scales
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MRQPolicy, MultiInputPolicy
-
-SelfMRQ = TypeVar("SelfMRQ", bound="MRQ")
 
 
 class MRQ(ResumableOffPolicyAlgorithm):
@@ -287,17 +283,6 @@ class MRQ(ResumableOffPolicyAlgorithm):
     def target_reward_scale(self, value: float) -> None:
         self.critic_target.reward_scale.fill_(value)
 
-    def learn(
-        self: SelfMRQ,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 4,
-        tb_log_name: str = "MRQ",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfMRQ:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         check_hyperparameters(self)
         check_replay_buffer(self, self.replay_buffer)
@@ -319,7 +304,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
 
     def q_values(self, observations: Any, actions: Any = None) -> np.ndarray:
         """
-        Values of actions, in units of the reward, see :meth:`sb3_mrq.policies.MRQPolicy.q_values`.
+        Values in units of the reward, see :meth:`sb3_mrq.policies.MRQPolicy.q_values`.
 
         :param observations: one or a batch, as ``predict`` takes them
         :param actions: one for each, as the environment takes them, or None for all of a Discrete space
@@ -331,10 +316,8 @@ class MRQ(ResumableOffPolicyAlgorithm):
         """
         Do training steps. Each is one update of the value heads and one of the policy. Every ``target_update_interval`` steps,
         the targets are replaced, the reward scale is updated, and ``target_update_interval`` encoder updates are done first.
-        Nothing is done until a transition can be sampled. No environment is needed.
-
-        If training is stopping because of a signal, the steps are left to the next call. The same holds for steps that an
-        error or Ctrl-C has interrupted.
+        Nothing is done until a transition can be sampled. No environment is needed. Steps that a signal, an error or Ctrl-C
+        has interrupted are left to the next call.
 
         :param gradient_steps: How many training steps to do
         :param batch_size: number of sub-trajectories of an encoder update, and of transitions of a value and policy update
@@ -377,9 +360,11 @@ class MRQ(ResumableOffPolicyAlgorithm):
             while self._n_encoder_updates < self.target_update_interval:
                 if self.stop_signals.pending:
                     return False
+                self.progress.encoder_update(self, self._n_encoder_updates)
                 self.updates.encoder()
                 self._n_encoder_updates += 1
             self._log_encoder()
+            self.progress.encoder_update(self, self._n_encoder_updates)
         self.updates.value_and_policy()
 
         self._n_updates += 1
@@ -419,8 +404,9 @@ class MRQ(ResumableOffPolicyAlgorithm):
             self._record(means | ({} if self.actor is None else {"actor_grad_norm": grad_norm(self.actor).item()}))
 
     def dump_logs(self) -> None:
-        """Write log data, including the metrics of the last updates."""
+        """Write log data, including the metrics of the last updates and the time that remains."""
         self._log_value_and_policy()
+        self.progress.record(self)
         super().dump_logs()
 
     @property
@@ -432,27 +418,18 @@ class MRQ(ResumableOffPolicyAlgorithm):
         return {"precision": self.learner.hyperparameters.precision}
 
     def on_resume(self, info: dict[str, Any]) -> None:
-        precision = self.learner.hyperparameters.precision
-        before = info.get("precision", precision)
-        if self.precision == "auto" and precision != before:
-            warnings.warn(
-                f"The run computed in {before} before, and continues in {precision}, which is the automatic choice on this "
-                f"device. Pass precision={before!r} to keep the precision.",
-                stacklevel=5,
-            )
+        if self.precision == "auto":
+            warn_if_changed(self.learner.hyperparameters.precision, info.get("precision"))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), *self.NETWORKS, "learner", "updates", "automatic_precision"]
 
     def get_parameters(self) -> dict[str, dict]:
-        """
-        :return: Mapping from names of the objects, policy and optimizers, to PyTorch state-dicts.
-        """
+        """:return: Mapping from names of the objects, policy and optimizers, to PyTorch state-dicts."""
         parameters = super().get_parameters()
-        for name in self._get_torch_save_params()[0]:
-            if name.endswith("optimizer"):
-                # Undo changes that capturing has made
-                restore_groups(parameters[name]["param_groups"], recursive_getattr(self, name))
+        for name in self.policy.networks:
+            # Undo changes that capturing has made
+            restore_groups(parameters[f"{name}.optimizer"]["param_groups"], getattr(self, name).optimizer)
         return parameters
 
     def set_parameters(
@@ -462,8 +439,7 @@ class MRQ(ResumableOffPolicyAlgorithm):
         Load parameters from a zip-file or a nested dictionary, see ``BaseAlgorithm.set_parameters``.
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a nested dictionary
-        :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception. The reward scales may be missing, as in files of version 0.1.
+        :param exact_match: Whether all parameters must be there; reward scales may be missing, as in files of version 0.1
         :param device: Device on which the code should run.
         """
         super().set_parameters(add_reward_scales(self, load_path_or_dict, device), exact_match, device)

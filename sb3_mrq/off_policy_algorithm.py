@@ -15,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn
@@ -42,20 +42,10 @@ from sb3_mrq.persist.checkpoints import resume, set_generators
 from sb3_mrq.persist.models import check_saved_model
 from sb3_mrq.persist.replay_files import load_replay_buffer, save_replay_buffer
 from sb3_mrq.persist.stopping import StopSignals
+from sb3_mrq.progress import TrainingCallbacks, TrainingProgress
 from sb3_mrq.vec_env import copy_observations_of, from_vector_env, make_env
 
 SelfResumable = TypeVar("SelfResumable", bound="ResumableOffPolicyAlgorithm")
-
-
-class TrainingCallbacks(CallbackList):
-    """The callbacks of ``learn``. Outstanding training steps are done after the start of training of all callbacks."""
-
-    model: "ResumableOffPolicyAlgorithm"
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        if self.model.gradient_steps_left > 0:
-            self.model.train(0, self.model.batch_size)
 
 
 class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
@@ -94,6 +84,8 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self.resumed_generators: dict[str, Any] | None = None
         # Replaced by a callback that handles signals
         self.stop_signals = StopSignals()
+        # Replaced when training starts
+        self.progress = TrainingProgress()
         # Number of steps of each environment at the end of ``learn``, None if unknown
         self._env_steps: list[int] | None = None
         self.final_checks = FinalObservationChecks()
@@ -171,17 +163,18 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfResumable:
+        # Named after the algorithm by default
         self.stop_signals = StopSignals()
         with contextlib.ExitStack() as self.learn_exit_stack:
             super().learn(
                 total_timesteps=total_timesteps,
                 callback=callback,
                 log_interval=log_interval,
-                tb_log_name=tb_log_name,
+                tb_log_name=tb_log_name or self.algorithm_name,
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
@@ -565,6 +558,7 @@ class ResumableOffPolicyAlgorithm(OffPolicyAlgorithm):
             "damaged_checkpoints",
             "resumed_generators",
             "stop_signals",
+            "progress",
             "learn_exit_stack",
             "_env_steps",
             "final_checks",

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_mrq.arguments import Number, check_argument
@@ -57,7 +57,7 @@ def train_offline(model: Any, n_updates: int, callback: MaybeCallback = None, pr
         model.learn_exit_stack.callback(setattr, model, "offline", False)
         callbacks = model._init_callback(callback)
         if progress_bar:
-            callbacks = CallbackList([callbacks, OfflineProgressBar()])
+            callbacks.callbacks.append(OfflineProgressBar())
             callbacks.init_callback(model)
         # Callbacks may read these, as in a rollout
         steps = {"dones": np.ones(model.n_envs, dtype=bool), "infos": [{} for _ in range(model.n_envs)]}
@@ -72,7 +72,7 @@ def train_offline(model: Any, n_updates: int, callback: MaybeCallback = None, pr
                 break
             model._update_current_progress_remaining(model.num_timesteps, model._total_timesteps)
             model.train(1, model.batch_size)
-            if model.num_timesteps % LOG_INTERVAL == 0:
+            if model.num_timesteps % LOG_INTERVAL == 0 or model.progress.log_due:
                 model.dump_logs()
         callbacks.on_training_end()
     model.bc_from = model.replay_buffer.n_added

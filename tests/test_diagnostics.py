@@ -7,7 +7,10 @@ import html.parser
 import itertools
 import json
 import random
+import re
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +27,7 @@ from stable_baselines3.common.logger import Logger, configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize, VecTransposeImage
 from torch import nn
 
-from sb3_mrq.diagnostics import DiagnosticsCallback, diagnose, measures
+from sb3_mrq.diagnostics import DiagnosticsCallback, diagnose, measures, verdicts
 from sb3_mrq.diagnostics.diagnosis import information
 from sb3_mrq.diagnostics.episodes import no_side_effects, play, wrap_env
 from sb3_mrq.diagnostics.figures import ITEMS
@@ -637,17 +640,21 @@ class TestReport:
         for name, value in diagnosis.numbers().items():
             shown = "n/a" if np.isnan(value) else str(int(value)) if value == int(value) else f"{value:.4g}"
             assert any(shown in word for word in words), (name, shown)
-        assert "No collapse is flagged" in found.text
+        for verdict in diagnosis.verdicts:
+            assert verdict.finding in found.text and verdict.advice in found.text
+        # Before the first figure
+        assert text.rindex('<p class="verdict') < text.index("<section")
 
     def test_numbers(self, folder, diagnosis):
         data = json.loads((folder / "diagnosis.json").read_text())
         assert data["numbers"] == {k: None if np.isnan(v) else v for k, v in diagnosis.numbers().items()}
+        assert data["verdicts"] == [asdict(verdict) for verdict in diagnosis.verdicts]
         assert data["flags"] == [] and data["collapsed"] is False and data["environment"] == "WalkEnv"
 
     def test_flags_are_shown(self):
         diagnosis = TestCollapse().diagnose(dead)
         text = Page(page(diagnosis, dict.fromkeys(ITEMS, b""))).text
-        assert "One flag: an embedding has collapsed." in text and diagnosis.flags[0] in text
+        assert diagnosis.verdicts[3].level == "red" and diagnosis.flags[0] in text
         figure = Figure()
         ITEMS["collapse"].draw(diagnosis, figure)
         assert figure.get_suptitle() == f"FLAG  {diagnosis.flags[0]}"
@@ -666,6 +673,62 @@ class TestReport:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError, match=r"pip install \"sb3-mrq\[train\]\""):
             diagnosis.figures()
+
+
+class TestVerdicts:
+    """Green, amber and red by the limits that docs/diagnostics.md names, on a diagnosis whose numbers are replaced."""
+
+    @staticmethod
+    def verdict(diagnosis, name, **changes):
+        part = {"model": diagnosis.model, "probe": diagnosis.probe, "returns": diagnosis.returns}
+        changed = {key: replace(part[key], **value) if key in part else value for key, value in changes.items()}
+        (verdict,) = [verdict for verdict in replace(diagnosis, **changed).verdicts if verdict.name == name]
+        assert verdict.finding and bool(verdict.advice) == (verdict.level in ("amber", "red"))
+        return verdict
+
+    @pytest.mark.parametrize("r2, level", [(0.5, "green"), (0.49, "amber"), (0.0, "amber"), (-0.01, "red"), (np.nan, "grey")])
+    def test_reward(self, diagnosis, r2, level):
+        assert self.verdict(diagnosis, "Reward prediction", model={"reward_r2": np.array([r2, 9])}).level == level
+
+    @pytest.mark.parametrize(
+        "r2, unchanged, level",
+        [(0.6, 0.5, "green"), (0.6, 0.7, "red"), (0.4, 0.3, "amber"), (-0.1, -0.5, "red"), (np.nan, 0, "grey")],
+    )
+    def test_embedding(self, diagnosis, r2, unchanged, level):
+        """At the last step ahead that is known."""
+        model = {"embedding_r2": np.array([r2, np.nan]), "embedding_r2_unchanged": np.array([unchanged, np.nan])}
+        assert self.verdict(diagnosis, "Next embedding", model=model).level == level
+
+    @pytest.mark.parametrize("r2, level", [(0.9, "green"), (0.89, "amber"), (0.7, "amber"), (0.69, "red"), (np.nan, "grey")])
+    def test_linearity(self, diagnosis, r2, level):
+        assert self.verdict(diagnosis, "Linearity", probe={"z_sa_r2": r2}).level == level
+
+    @pytest.mark.parametrize(
+        "bias, level, advice",
+        [(-10, "green", ""), (-20, "amber", "too low"), (-44, "red", "too low"), (20, "amber", "too high"), (0, "green", "")],
+    )
+    def test_bias(self, diagnosis, bias, level, advice):
+        """In units of the realised returns: theirs is 100 here."""
+        realised = np.array([-100.0, 100.0])
+        returns = {"predicted": realised + bias, "realised": realised, "tail_weight": np.zeros(2)}
+        verdict = self.verdict(diagnosis, "Bias of the value", returns=returns)
+        assert verdict.level == level and advice in verdict.advice
+        assert verdict.finding.startswith(f"It is {bias:+d}, {abs(bias)} % of the size of the realised returns (100).")
+        for nothing in ({"tail_weight": np.ones(2)}, {"realised": np.zeros(2)}):
+            assert self.verdict(diagnosis, "Bias of the value", returns=returns | nothing).level == "grey"
+
+    @pytest.mark.parametrize("share, level", [(0.9, "green"), (0.89, "amber"), (0.49, "red")])
+    def test_policy(self, diagnosis, share, level):
+        assert self.verdict(diagnosis, "The policy agrees with its values", agreement=share).level == level
+
+    def test_documented(self):
+        """The table of docs/diagnostics.md holds the limits."""
+        text = (Path(__file__).parents[1] / "docs" / "diagnostics.md").read_text("utf-8")
+        rows = dict(re.findall(r"^\| ([A-Z][^|]+?) \| .* \| (.+ \| .+) \|$", text, flags=re.MULTILINE))
+        limits = [verdicts.REWARD_R2, verdicts.EMBEDDING_R2, verdicts.LINEARITY_R2, verdicts.RELATIVE_BIAS, verdicts.AGREEMENT]
+        names = ["Reward prediction", "Next embedding", "Linearity", "Bias of the value", "The policy agrees with its values"]
+        for name, pair in zip(names, limits, strict=True):
+            assert [float(number) for number in re.findall(r"\d+\.\d+|\b0\b", rows[name])] == list(pair), name
 
 
 class TestCommand:
@@ -722,7 +785,10 @@ class TestCommand:
             tmp_path / "out",
         )
         assert (tmp_path / "out" / "index.html").is_file()
-        assert "2 Episodes" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert "2 Episodes" in output
+        assert re.search(r"^GREY   Reward prediction: All rewards are the same", output, flags=re.MULTILINE)
+        assert re.search(r"^(GREEN|AMBER|RED)\s+Linearity: ", output, flags=re.MULTILINE)
 
     @pytest.mark.parametrize(
         "arguments, message",

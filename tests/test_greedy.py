@@ -3,6 +3,7 @@ Greedy policies of discrete actions: their values and targets are those of each 
 learn what an actor does not.
 """
 
+import html
 import itertools
 from functools import partial
 
@@ -260,7 +261,7 @@ def test_agreement(tmp_path):
     diagnosis = diagnose(greedy, SpaceEnv(action_space=env.action_space), n_episodes=3)
     assert diagnosis.agreement == diagnosis.numbers()["policy/agreement"] == 1
     page = diagnosis.report(tmp_path / "greedy").read_text()
-    assert "in 100 % of the states" in page and 'class="verdict fair"' not in page
+    assert "in 100 % of the states" in page and diagnosis.verdicts[-1].level == "green"
 
     model = tiny_model(SpaceEnv(action_space=env.action_space)).learn(30)
     episodes = []
@@ -276,11 +277,14 @@ def test_agreement(tmp_path):
     model.policy.choose = lambda z, sample=False: wanted[[np.abs(z_s - row.numpy()).sum(axis=1).argmin() for row in z]]
     diagnosis = diagnose(model, SpaceEnv(action_space=env.action_space), n_episodes=5)
     assert diagnosis.agreement == pytest.approx(1 - 10 / len(z_s))
-    assert 'class="verdict fair"' in diagnosis.report(tmp_path / "actor").read_text()
+    verdict = diagnosis.verdicts[-1]
+    assert verdict.level == "amber" and "greedy" in verdict.advice
+    assert html.escape(verdict.advice) in diagnosis.report(tmp_path / "actor").read_text()
 
     box = tiny_model(SpaceEnv()).learn(30)
     diagnosis = diagnose(box, SpaceEnv(), n_episodes=2)
     assert np.isnan(diagnosis.agreement) and "policy/agreement" not in diagnosis.numbers()
+    assert "policy" not in " ".join(verdict.name for verdict in diagnosis.verdicts)
 
 
 def test_bad_argument():

@@ -181,7 +181,7 @@ def test_relative_paths_where_the_working_directory_changes(tmp_path, monkeypatc
     os.chdir(start)
     monkeypatch.setattr(
         "sb3_mrq.zoo.diagnose.diagnose",
-        lambda *_, **__: SimpleNamespace(report=reports.append, flags=[], episode_returns=np.zeros(1)),
+        lambda *_, **__: SimpleNamespace(report=reports.append, verdicts=[], episode_returns=np.zeros(1)),
     )
     reports = []
     run("diagnose", ["--env", env_id, "-f", "logs", "--exp-id", "1", "-o", "report", "--device", "cpu"])

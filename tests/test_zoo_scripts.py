@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from sb3_mrq import MRQ
+from sb3_mrq.zoo.hub import model_card
 
 HERE = Path(__file__).resolve().parent
 # Small networks, a short warm-up
@@ -209,13 +210,32 @@ def test_to_the_hub_and_back(tmp_path):
     zoo(tmp_path, "push_to_hub", *arguments, "-f", "logs", "-orga", "us", "-n", 30, "--device", "cpu", **variables)
     repository = tmp_path / "remote" / "us" / "mrq-CartPole-v1"
     card = (repository / "README.md").read_text()
-    assert "- name: MRQ" in card and "mean_reward" in card
+    assert "- name: MRQ" in card and "mean_reward" in card and "## Hyperparameters" in card and "rl_zoo3.enjoy" not in card
     assert n_frames(repository / "replay.mp4") >= 30
 
-    zoo(tmp_path, "load_from_hub", *arguments, "-f", "fetched", "-orga", "us", **variables)
+    # As the model card says, in a folder of one's own
+    download, enjoy = re.findall(r"^sb3-mrq ((?:load_from_hub|enjoy) .*)$", card, flags=re.MULTILINE)
+    (tmp_path / "elsewhere").mkdir()
+    zoo(tmp_path / "elsewhere", *shlex.split(download), **variables)
     # An episode has at most 500 steps
-    output = zoo(tmp_path, "enjoy", *arguments, "-f", "fetched", "--no-render", "-n", 510, *FAST)
+    output = zoo(tmp_path / "elsewhere", *shlex.split(enjoy), "--no-render", "-n", 510, *FAST)
     assert "Mean reward" in output
+    (code,) = re.findall(r"^```python\n(from huggingface_sb3.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+    command = ("-c", f"import local_hub\n{code}\nprint(model.num_timesteps)")
+    assert zoo(tmp_path, **variables | {"command": command}).split()[-1] == "50"
+
+
+def test_model_card():
+    """With the options of the upload, and the extra that the task needs."""
+    theirs = "# Card\npython -m rl_zoo3.enjoy\n## Hyperparameters\n```python\n{'n_steps': 3}\n```\n"
+    arguments = ["--algo", "drq", "--env", "dmc/walker-walk-v0", "-orga", "us", "-f", "logs"]
+    card = model_card(theirs, [*arguments, "-name", "other"])
+    assert "sb3-mrq enjoy --algo drq --env dmc/walker-walk-v0 -f logs" in card
+    assert "sb3-mrq load_from_hub --algo drq --env dmc/walker-walk-v0 -orga us -name other -f logs" in card
+    assert 'DRQ.load(load_from_hub("us/other", "drq-dmc-walker-walk-v0.zip"))' in card
+    assert "`zoo` and `dmc`" in card and "{'n_steps': 3}" in card and "rl_zoo3" not in card
+    assert "with the extra `zoo`," in model_card(theirs, ["--algo", "mrq", "--env", "CartPole-v1", "-orga", "us"])
+    assert model_card(theirs, ["--algo", "td3", "--env", "Pendulum-v1", "-orga", "us"]) == theirs
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory where Linux tells it")

@@ -4,6 +4,7 @@ Precision of matrix products: which one is fast, and which one ``"auto"`` select
 
 import platform
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,14 @@ def bfloat16_is_fast(device: th.device) -> bool:
     return True
 
 
+def fast_precisions(device: th.device) -> list[str]:
+    """
+    :param device: device of the networks
+    :return: precisions, without bfloat16 if it is known to be slower than float32
+    """
+    return ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if bfloat16_is_fast(device) else [])]
+
+
 def automatic_precision(device: th.device, *networks: nn.Module) -> str:
     """
     Precision that ``precision="auto"`` selects: bfloat16 where it was measured to be faster, on processors with AMX or
@@ -52,6 +61,21 @@ def automatic_precision(device: th.device, *networks: nn.Module) -> str:
     modules = [module for network in networks for module in network.modules()]
     known = all(type(module).__module__.split(".")[0] in KNOWN_PACKAGES for module in modules)
     return "bfloat16" if known and not any(isinstance(module, nn.Conv2d) for module in modules) else "float32"
+
+
+def warn_if_changed(precision: str, before: str | None) -> None:
+    """
+    Warn that a resumed run continues in another precision.
+
+    :param precision: automatic choice on this device
+    :param before: precision before the run was resumed, None if unknown
+    """
+    if before not in (None, precision):
+        warnings.warn(
+            f"The run computed in {before} before, and continues in {precision}, which is the automatic choice on this "
+            f"device. Pass precision={before!r} to keep the precision.",
+            stacklevel=6,
+        )
 
 
 class TF32Products:

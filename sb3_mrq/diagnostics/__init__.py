@@ -12,6 +12,7 @@ from sb3_mrq.diagnostics.diagnosis import (
     ReturnComparison,
     diagnose,
 )
+from sb3_mrq.diagnostics.verdicts import Verdict
 
 __all__ = [
     "Diagnosis",
@@ -21,5 +22,6 @@ __all__ = [
     "LinearProbe",
     "ModelAccuracy",
     "ReturnComparison",
+    "Verdict",
     "diagnose",
 ]

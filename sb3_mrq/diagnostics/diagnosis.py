@@ -28,6 +28,7 @@ from sb3_mrq.diagnostics.results import (
     ModelAccuracy,
     ReturnComparison,
 )
+from sb3_mrq.diagnostics.verdicts import Verdict, judge
 from sb3_mrq.hyperparameters import COUNT, NOT_NEGATIVE, STEPS
 from sb3_mrq.learner import effective_rank
 from sb3_mrq.losses import infonce_loss
@@ -90,6 +91,11 @@ class Diagnosis:
     def collapsed(self) -> bool:
         """Whether an embedding is flagged."""
         return bool(self.flags)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Green, amber or red for each item, with its number and what to do."""
+        return judge(self)
 
     def numbers(self) -> dict[str, float]:
         """

@@ -9,10 +9,11 @@ import html
 import io
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sb3_mrq.diagnostics import measures
+from sb3_mrq.diagnostics import measures, verdicts
 from sb3_mrq.diagnostics import results as limits
 from sb3_mrq.diagnostics.figures import ITEMS
 
@@ -24,11 +25,13 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .35rem; }
 p { margin: .35rem 0; max-width: 46rem; }
 .about { color: #5a6069; }
-.verdict { border-left: .3rem solid; border-radius: .2rem; padding: .6rem 1rem; margin: 1.25rem 0; }
-.good { border-color: #1c7a3e; background: #eef7f0; }
-.fair { border-color: #b7791f; background: #fdf6e7; }
-.bad { border-color: #b3261e; background: #fcefee; }
-.verdict ul, .notes ul { margin: .25rem 0 0; padding-left: 1.2rem; }
+.verdict { border-left: .3rem solid; border-radius: .2rem; padding: .4rem 1rem; margin: .5rem 0; max-width: none; }
+.verdict .level { float: right; font-size: .8rem; text-transform: uppercase; letter-spacing: .05em; }
+.green { border-color: #1c7a3e; background: #eef7f0; }
+.amber { border-color: #b7791f; background: #fdf6e7; }
+.red { border-color: #b3261e; background: #fcefee; }
+.grey { border-color: #8a8f98; background: #f4f5f6; }
+.notes ul { margin: .25rem 0 0; padding-left: 1.2rem; }
 .notes { color: #5a6069; font-size: .95rem; }
 img { display: block; width: 100%; height: auto; margin: .75rem 0; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3rem; }
@@ -64,7 +67,7 @@ def _shown(value: float) -> str:
 
 def thresholds() -> dict[str, Any]:
     """
-    :return: limits beyond which an embedding is flagged
+    :return: limits beyond which an embedding is flagged, and limits of green and of amber
     """
     return {
         "variation_above": limits.CONSTANT,
@@ -73,7 +76,11 @@ def thresholds() -> dict[str, Any]:
         "dormant_unit_deviation_up_to": measures.DORMANT,
         "norm_per_sqrt_unit_between": list(limits.UNIT_NORM),
         "tail_weight_up_to": limits.TAIL_WEIGHT,
-        "agreement_from": limits.AGREEMENT,
+        "reward_r2_from": list(verdicts.REWARD_R2),
+        "embedding_r2_from": list(verdicts.EMBEDDING_R2),
+        "linearity_r2_from": list(verdicts.LINEARITY_R2),
+        "agreement_from": list(verdicts.AGREEMENT),
+        "relative_bias_up_to": list(verdicts.RELATIVE_BIAS),
     }
 
 
@@ -89,6 +96,7 @@ def as_json(diagnosis: Any) -> dict[str, Any]:
         "reward_unit": diagnosis.reward_unit,
         "collapsed": diagnosis.collapsed,
         "flags": diagnosis.flags,
+        "verdicts": [asdict(verdict) for verdict in diagnosis.verdicts],
         "notes": diagnosis.notes,
         "numbers": {name: value if math.isfinite(value) else None for name, value in diagnosis.numbers().items()},
         "thresholds": thresholds(),
@@ -126,20 +134,11 @@ def page(diagnosis: Any, images: dict[str, bytes]) -> str:
     def items(sentences: list[str]) -> str:
         return "<ul>" + "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
-    if diagnosis.flags:
-        count = "One flag" if len(diagnosis.flags) == 1 else f"{len(diagnosis.flags)} flags"
-        verdict = (
-            f'<div class="verdict bad"><strong>{count}: an embedding has collapsed.</strong>{items(diagnosis.flags)}</div>'
-        )
-    else:
-        verdict = '<div class="verdict good"><strong>No collapse is flagged in the embeddings.</strong></div>'
-    if not math.isnan(diagnosis.agreement):
-        fair = diagnosis.agreement < limits.AGREEMENT
-        verdict += (
-            f'<div class="verdict {"fair" if fair else "good"}"><strong>The policy takes the action of the highest value in '
-            f"{100 * diagnosis.agreement:.0f} % of the states.</strong>"
-            f"{' An actor may be stuck: try discrete_policy=&quot;greedy&quot;.' if fair else ''}</div>"
-        )
+    judged = "".join(
+        f'<p class="verdict {verdict.level}"><span class="level">{verdict.level}</span>'
+        f"<strong>{html.escape(verdict.name)}.</strong> {html.escape(verdict.finding)} {html.escape(verdict.advice)}</p>"
+        for verdict in diagnosis.verdicts
+    )
     notes = f'<div class="notes">Notes:{items(diagnosis.notes)}</div>' if diagnosis.notes else ""
 
     sections = []
@@ -170,7 +169,7 @@ def page(diagnosis: Any, images: dict[str, bytes]) -> str:
 <p class="about">{diagnosis.num_timesteps:,} steps of training; {n} episode{"s" if n != 1 else ""} with
 {int(diagnosis.episode_lengths.sum()):,} transitions, mean return {diagnosis.episode_returns.mean():.4g}
 ± {diagnosis.episode_returns.std():.3g}; discount factor {diagnosis.gamma:g}.</p>
-{verdict}
+{judged}
 {notes}
 {"".join(sections)}
 <section id="numbers"><h2>All numbers</h2>

@@ -22,8 +22,6 @@ DORMANT_SHARE = 0.25
 UNIT_NORM = (1e-3, 1e2)
 # Returns in which a bootstrapped value has more than this weight are not compared with predictions
 TAIL_WEIGHT = 0.7
-# A policy follows its values: share of states in which it takes the action of the highest one, from
-AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,6 @@ def diagnose_script() -> None:
     page = diagnosis.report(output)
     returns = diagnosis.episode_returns
     print(f"{len(returns)} Episodes\nMean reward: {returns.mean():.2f} +/- {returns.std():.2f}")
-    for flag in diagnosis.flags:
-        print(f"FLAG: {flag}")
-    if not diagnosis.flags:
-        print("No collapse is flagged in the embeddings.")
+    for verdict in diagnosis.verdicts:
+        print(verdict)
     print(f"Report: {page}")

@@ -30,6 +30,7 @@ from sb3_mrq.envs import rendering
 from sb3_mrq.persist.checkpoints import INFO, MODEL, newest_with_model
 from sb3_mrq.zoo.configuration import ALGORITHMS, ConfigurationError, closest
 from sb3_mrq.zoo.exp_manager import CHECKPOINTS, MRQExperimentManager
+from sb3_mrq.zoo.hub import patched_hub
 
 # Module of each script, with the function to call unless it only runs as a program
 SCRIPTS = {
@@ -280,19 +281,6 @@ def _ffmpeg() -> Iterator[None]:
             os.environ.update(before)
 
 
-def _supply_generate_metadata() -> None:
-    """
-    Provide the function ``generate_metadata`` for ``push_to_hub``, which huggingface_sb3 3.2 has renamed.
-    """
-    hub = importlib.import_module("huggingface_sb3.push_to_hub")
-    if not hasattr(hub, "generate_metadata"):
-
-        def generate_metadata(*args: Any) -> dict[str, Any]:
-            return hub._generate_metadata(*args).to_dict()
-
-        hub.generate_metadata = generate_metadata  # type: ignore[attr-defined]
-
-
 @contextlib.contextmanager
 def _text_without_quotes() -> Iterator[None]:
     """
@@ -406,12 +394,10 @@ def run(script: str, arguments: list[str]) -> None:
         return
     if not wants_help:
         sys.argv[1:] = _prepare(script, arguments)
-    if script == "push_to_hub":
-        _supply_generate_metadata()
     module, _, function = SCRIPTS[script].partition(":")
     with _text_without_quotes():
         if function:
             getattr(importlib.import_module(module), function)()
         else:
-            with _patched_subprocesses(), _ffmpeg():
+            with _patched_subprocesses(), _ffmpeg(), patched_hub(sys.argv[1:]):
                 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -338,7 +338,7 @@ def time_forward(model: Any) -> list[float]:
     :return: list to which each forward pass of the networks that act adds its seconds from now on
     """
     seconds: list[float] = []
-    networks = [model.encoder.state, model.actor] if isinstance(model, MRQ) else [model.actor]
+    networks = [model.encoder.state, model.actor] if hasattr(model, "encoder") else [model.actor]
     for network in networks:
 
         def timed(*args: Any, forward: Callable[..., Any] = network.forward) -> Any:

@@ -278,7 +278,7 @@ def warn_about_settings(model: Any, last_step: int, reset_num_timesteps: bool, b
     :param reset_num_timesteps: whether its timesteps are counted from 0
     :param bfloat16_is_fast: whether the device has instructions for bfloat16
     """
-    warn = partial(warnings.warn, stacklevel=6)
+    warn = partial(warnings.warn, stacklevel=5)
     if last_step <= model.learning_starts:
         first_step = 0 if reset_num_timesteps else model.num_timesteps
         frequency, unit = model.train_freq

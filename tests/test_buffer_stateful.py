@@ -24,7 +24,7 @@ from sb3_mrq.persist.replay_files import read_replay_buffer, write_replay_buffer
 
 LONG = os.environ.get("SB3_MRQ_HYPOTHESIS_PROFILE") == "long"
 SETTINGS = settings(
-    max_examples=2000 if LONG else 200,
+    max_examples=2000 if LONG else 100,
     stateful_step_count=60 if LONG else 25,
     deadline=None,
     phases=[phase for phase in Phase if phase is not Phase.explain],  # it takes minutes and says nothing here

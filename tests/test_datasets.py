@@ -33,7 +33,7 @@ def rows(obs, part):
     return {key: value[part] for key, value in obs.items()} if isinstance(obs, dict) else obs[part]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.booleans()), min_size=1, max_size=8),
     size=st.integers(12, 40),

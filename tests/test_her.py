@@ -99,7 +99,7 @@ def add_steps(buffer, env, n_steps):
         obs = new_obs
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     strategy=st.sampled_from([*FIRST_GOAL]),
     lengths=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=3),

@@ -44,11 +44,13 @@ sb3-mrq() {{
         enjoy*|record_video*) more="-n 20" ;;
         diagnose*) more="-n 2" ;;
         compare*) more="--env Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-episodes 1 --jobs 1" ;;
-        speed*) more="--env Pendulum-v1" ;;
+        speed*) more="--env Pendulum-v1 --seconds 0" ;;
     esac
     case "$*" in
         # The installed command itself
         train*" --algo mrq "*" --seed 1 "*) command sb3-mrq "$@" $more ;;
+        # Without compiling, which takes a minute
+        speed*) TORCHDYNAMO_DISABLE=1 command sb3-mrq "$@" $more ;;
         # The same program in a fork of a process that has imported torch
         *) $FORK_ZOO "$PYTHON" "$(type -P sb3-mrq)" "$@" $more ;;
     esac

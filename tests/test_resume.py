@@ -37,7 +37,9 @@ TOTAL, SAVE_FREQ = 49, 20
 CASES = {
     "-".join(map(str, case)): case
     for case in [
-        *itertools.product(["vector", "pixels"], ["Box", "Discrete"], [1, 2], ["plain", "normalized"]),
+        *itertools.product(["vector"], ["Box", "Discrete"], [1, 2], ["plain", "normalized"]),
+        ("pixels", "Box", 2, "normalized"),
+        ("pixels", "Discrete", 1, "plain"),
         ("frames", "Discrete", 1, "plain"),
         ("vector", "Box", 1, "warm-up"),
         ("vector", "Box", 2, "noise"),

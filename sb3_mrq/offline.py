@@ -4,6 +4,7 @@ Training from the replay buffer alone.
 
 import contextlib
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ def train_offline(model: Any, n_updates: int, callback: MaybeCallback = None, pr
     model._num_timesteps_at_start = model.num_timesteps
     model._total_timesteps = model.num_timesteps + n_updates
     model.require_logger()
+    if model.ep_info_buffer is None:
+        model.ep_info_buffer, model.ep_success_buffer = (deque(maxlen=model._stats_window_size) for _ in range(2))
     if model.compile_updates == "auto" and n_updates >= model.COMPILE_FROM:
         model.updates.compile_on_cpu()
     model.stop_signals = StopSignals()

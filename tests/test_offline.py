@@ -79,6 +79,17 @@ def test_is_training_of_the_same_steps():
         assert th.equal(snapshot(offline.policy)[name], value), name
 
 
+def test_log(monkeypatch):
+    monkeypatch.setattr("sb3_mrq.offline.LOG_INTERVAL", 5)
+    model = filled_model()
+    model.require_logger()
+    lines = []
+    monkeypatch.setattr(model.logger, "dump", lambda step: lines.append((step, dict(model.logger.name_to_value))))
+    model.train_offline(12)
+    assert [step for step, _ in lines] == [5, 10]
+    assert all({"train/critic_loss", "time/fps"} <= values.keys() for _, values in lines)
+
+
 def test_callbacks_and_stopping(tmp_path):
     model = filled_model()
     model.train_offline(12, EvalCallback(SpaceEnv(), eval_freq=5, n_eval_episodes=1, verbose=0, warn=False, log_path=tmp_path))

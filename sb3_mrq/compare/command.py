@@ -38,7 +38,7 @@ in mrq:n_steps=1:precision=float32. There are named variants:
 
 Repeating a command skips finished runs and resumes interrupted ones, of mrq and drq from their last checkpoint, of others from
 the beginning. Ctrl-C and SIGTERM end the runs, of mrq and drq with a checkpoint. Failed runs are listed at the end. The report
-in the folder --out covers all finished runs there, also those of other commands; sb3-mrq report makes it again."""
+in the folder --out covers all finished runs there, of other commands too; sb3-mrq report makes it again."""
 
 
 def parse() -> argparse.Namespace:

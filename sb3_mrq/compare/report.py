@@ -135,8 +135,8 @@ def against_published(results: pd.DataFrame, published: pd.DataFrame) -> list[st
     return [
         "## Against the published returns",
         "At the last step that both have, over all seeds with an evaluation there. The last column is the difference of the "
-        "means, negative if ours is lower, in Welch's standard errors; those of a few seeds are themselves uncertain. Gym "
-        "tasks were published in version 4.",
+        "means, negative if ours is lower, in Welch's standard errors, which are uncertain for a few seeds. Gym tasks were "
+        "published in version 4.",
         markdown(comparison.groupby(["task", "algorithm"], sort=False).tail(1)),
     ]
 

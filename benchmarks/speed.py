@@ -328,8 +328,7 @@ def time_loop(device: str, steps: int, n_envs: int) -> dict[str, float]:
             if phase == "acting":
                 figures[f"{name}_networks_us"] = 1e6 * sum(forward) / steps
         figures[f"mrq_to_td3_{phase}"] = figures[f"mrq_{phase}_us"] / figures[f"td3_{phase}_us"]
-    mrq, td3 = (figures[f"{name}_acting_us"] - figures[f"{name}_networks_us"] for name in ("mrq", "td3"))
-    return {**figures, "mrq_to_td3_acting_without_networks": mrq / td3}
+    return figures
 
 
 def time_forward(model: Any) -> list[float]:

@@ -71,7 +71,7 @@ def singular_values(matrix: th.Tensor) -> th.Tensor:
     Singular values by the eigenvalues of the smaller Gram matrix, which on a GPU takes a fraction of the time of an SVD.
 
     :param matrix: (B, D)
-    :return: float64, (min(B, D),)
+    :return: ascending, float64, (min(B, D),)
     """
     rows = matrix.double() if len(matrix) <= matrix.shape[1] else matrix.double().T
     return th.linalg.eigvalsh(rows @ rows.T).clamp_min(0).sqrt()

@@ -9,6 +9,9 @@ import importlib.util
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
+
+from sb3_mrq import learner
 
 # A unit is dormant if its standard deviation is at most this fraction of the mean one (the threshold of Sokar et al.,
 # "The Dormant Neuron Phenomenon in Deep Reinforcement Learning", ICML 2023, who measure activity instead)
@@ -124,9 +127,7 @@ def singular_values(embeddings: np.ndarray) -> np.ndarray:
     centred = np.asarray(embeddings, dtype=np.float64)
     scale = np.square(centred).sum()
     centred = centred - centred.mean(axis=0)
-    # Eigenvalues of the smaller Gram matrix, as there may be many more samples than dimensions
-    product = centred.T @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.T
-    values = np.sqrt(np.clip(np.linalg.eigvalsh(product)[::-1], 0, None))
+    values = learner.singular_values(th.from_numpy(centred)).numpy()[::-1].copy()
     if np.square(values).sum() <= ROUNDING * scale:
         return np.zeros_like(values)
     values[np.square(values) <= ROUNDING * scale] = 0

@@ -399,5 +399,6 @@ def run(script: str, arguments: list[str]) -> None:
         if function:
             getattr(importlib.import_module(module), function)()
         else:
-            with _patched_subprocesses(), _ffmpeg(), patched_hub(sys.argv[1:]):
+            hub = patched_hub(sys.argv[1:]) if script == "push_to_hub" else contextlib.nullcontext()
+            with _patched_subprocesses(), _ffmpeg(), hub:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -29,8 +29,8 @@ def test_speed(tmp_path, capsys, monkeypatch):
     # Compiling takes longer than everything else, and has its own tests
     monkeypatch.setattr("sb3_mrq.accelerate.updates.CompiledFunction", lambda function, *_: function)
     out = tmp_path / "speed.json"
-    # and so does training with the default intervals
-    monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5))
+    # and so does training with the default intervals and batches
+    monkeypatch.setattr(speed, "MRQ", partial(MRQ, target_update_interval=5, batch_size=64))
     monkeypatch.setattr(speed, "TRAIN_WARM_UP", 2)
     fastest = speed.fastest
     monkeypatch.setattr(speed, "fastest", lambda function, seconds, at_least=1: fastest(function, seconds, 1))
@@ -38,8 +38,8 @@ def test_speed(tmp_path, capsys, monkeypatch):
     arguments = "--seconds 0.02 --large 4000 --small 2000 --train Pendulum-v1 --train-steps 5 --out"
     speed.main([*arguments.split(), str(out)])
     figures = json.loads(out.read_text())
-    assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5, rel=0.01)
-    assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8, rel=0.01)
+    assert figures["update"]["gflop"]["encoder"] == pytest.approx(11.5 / 4, rel=0.01)
+    assert figures["update"]["gflop"]["value_and_policy"] == pytest.approx(7.8 / 4, rel=0.01)
     measured = {
         key: figures[key]
         for key in ("memory", "sampling", "update", "image_update", "acting", "loop", "parallel_training", "training")

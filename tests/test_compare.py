@@ -286,17 +286,15 @@ class TestEnds:
         process.wait()
 
     @pytest.mark.parametrize(
-        "running", [["--algos", "mrq", "--jobs", "1"], ["--algos", "dqn,mrq", "--ray"]], indirect=True, ids=["local", "ray"]
+        "running", [["--algos", "mrq", "--jobs", "1"], ["--algos", "mrq", "--ray"]], indirect=True, ids=["local", "ray"]
     )
     def test_terminated(self, running):
         process, folder = running
         process.terminate()
         output, _ = process.communicate(timeout=300)
-        n_runs = len(list(folder.parents[2].iterdir()))
-        assert process.returncode == 130 and f"Stopped: 0 of {n_runs} runs are finished." in output
+        assert process.returncode == 130 and "Stopped: 0 of 1 runs are finished." in output
         assert "Training was stopped by SIGTERM, after a checkpoint" in (folder / "log.txt").read_text()
         assert list((folder / CHECKPOINTS).glob("mrq_*/model.zip"))
-        assert n_runs == 1 or "dqn on Pendulum-v1, seed 0 failed" in output
 
     def test_killed(self, running):
         process, folder = running

@@ -33,7 +33,7 @@ from sb3_mrq.networks import StateEncoder
 from sb3_mrq.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 SIZES = dict(net_arch=dict(encoder=[32, 32], qf=[32, 32], pi=[32]), z_s_dim=32, z_sa_dim=32, z_a_dim=16)
-SMALL = dict(learning_starts=20, batch_size=8, policy_kwargs=SIZES, seed=0, device="cpu")
+SMALL = dict(learning_starts=20, batch_size=8, target_update_interval=20, policy_kwargs=SIZES, seed=0, device="cpu")
 OBS_DIM, BATCH = 7, 64
 ACTION_SPACES = {"box": spaces.Box(-1, 1, (3,)), "discrete": spaces.Discrete(3)}
 IMAGES = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)
@@ -142,9 +142,9 @@ def distance(policy, other, start):
 
 @cache
 def trained_plainly(actions):
-    """In eager float32: the policy after 500 updates, and the losses."""
+    """In eager float32: the policy after 250 updates, and the losses."""
     agent = make(actions)
-    return agent[0], train(*agent, 500)
+    return agent[0], train(*agent, 250)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def trained_plainly(actions):
         ("discrete", "float32", "aot_eager"),
     ],
 )
-def test_500_updates(monkeypatch, actions, precision, compiled):
+def test_many_updates(monkeypatch, actions, precision, compiled):
     """Compared with eager float32."""
     if compiled:
         monkeypatch.setattr(th, "compile", partial(th.compile, backend=compiled))
@@ -166,7 +166,7 @@ def test_500_updates(monkeypatch, actions, precision, compiled):
     start = weights(agent[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The updates could not be compiled")
-        losses = train(*agent, 500)
+        losses = train(*agent, 250)
     # Each of the four losses was compiled once, and as a whole, with the learning rate changing at every step
     assert counters["stats"]["unique_graphs"] == (4 if compiled else 0)
     assert not counters["graph_break"] and not counters["recompiles"]
@@ -466,8 +466,8 @@ class TestModel:
     @pytest.mark.usefixtures("traced")
     def test_what_changes_is_not_compiled_in(self, monkeypatch):
         """Reward scales, the switch of the termination term and learning rates: nothing is compiled again for them."""
-        settings = dict(compile_updates=True, target_update_interval=5, learning_rate=lambda progress: 1e-3 * progress)
-        model = MRQ("MlpPolicy", GrowingEnv(), **settings, **SMALL)
+        settings = SMALL | dict(compile_updates=True, target_update_interval=5, learning_rate=lambda left: 1e-3 * left)
+        model = MRQ("MlpPolicy", GrowingEnv(), **settings)
         scales, switches = set(), set()
         update = model.learner.update_value_and_policy
 
@@ -554,7 +554,7 @@ class TestModel:
         monkeypatch.setattr(model.learner, "_encoder_loss", note(step))
         monkeypatch.setattr(th.Tensor, "backward", note(backward))
         model.learn(21, reset_num_timesteps=False)
-        assert len(seen) == 2 * 250 + 2 * 2 and set(seen) == {"high"}
+        assert len(seen) == 2 * 20 + 2 * 2 and set(seen) == {"high"}
         assert th.get_float32_matmul_precision() == "highest"
 
     @pytest.mark.usefixtures("differentiated")

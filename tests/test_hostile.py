@@ -1,12 +1,11 @@
 """
 Whatever an environment does, training goes on with finite weights, or a clear error leaves the model and its replay buffer
-usable. More than 900 generated cases; ``SB3_MRQ_HYPOTHESIS_PROFILE=long`` makes them twenty times as many.
+usable. ``SB3_MRQ_HYPOTHESIS_PROFILE=long`` generates twenty times as many cases.
 """
 
 import multiprocessing
 import os
 import signal
-from collections import Counter
 from copy import deepcopy
 from functools import cache
 
@@ -43,26 +42,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.checks import BadValueError
 
-CASES = Counter()  # generated cases that were run to their end, by test
-QUOTA = {}
-
-
 def cases(number, **strategies):
-    """As ``given``, for a number of cases that are counted."""
+    """As ``given``, for a number of cases."""
 
     def decorate(test):
-        def counted(*args, **kwargs):
-            test(*args, **kwargs)
-            CASES[test.__name__] += 1
-
-        counted.__name__, counted.__doc__, counted.__module__ = test.__name__, test.__doc__, test.__module__
-        QUOTA[test.__name__] = number
-        return settings(
-            max_examples=number * TIMES,
-            deadline=None,
-            phases=[phase for phase in Phase if phase is not Phase.explain],
-            suppress_health_check=list(HealthCheck),
-        )(given(**strategies)(counted))
+        phases = [phase for phase in Phase if phase is not Phase.explain]
+        checks = list(HealthCheck)
+        case = settings(max_examples=number * TIMES, deadline=None, phases=phases, suppress_health_check=checks)
+        return case(given(**strategies)(test))
 
     return decorate
 
@@ -118,7 +105,7 @@ BUFFER_FAULTS = [None, None, "nan", "inf", "too large", "shape", "reward", "rewa
 
 
 @cases(
-    600,
+    300,
     observation_space=observation_spaces(side=5),
     action_space=action_spaces(),
     rewards=REWARDS,
@@ -255,7 +242,7 @@ def new_learner(discrete):
 
 
 @cases(
-    250,
+    150,
     rewards=REWARDS,
     scale=st.one_of(MAGNITUDES, st.floats(1e-8, 1e30)).map(lambda scale: max(scale, 1e-8)),
     target_scale=st.one_of(MAGNITUDES, st.floats(0, 1e30)),
@@ -408,7 +395,7 @@ def must_be_refused(fault, space, vec_env):
 START_METHOD = "forkserver"
 
 
-@cases(4, victim=st.integers(0, 1), step=st.integers(0, 20), signal_=st.sampled_from([signal.SIGKILL, signal.SIGTERM]))
+@cases(2, victim=st.integers(0, 1), step=st.integers(0, 20), signal_=st.sampled_from([signal.SIGKILL, signal.SIGTERM]))
 @pytest.mark.skipif(START_METHOD not in multiprocessing.get_all_start_methods(), reason="no forkserver on this system")
 def test_workers_that_die(victim, step, signal_):
     multiprocessing.set_forkserver_preload(["hostile"])  # or each worker would import torch
@@ -434,15 +421,3 @@ def test_workers_that_die(victim, step, signal_):
     model.learn(20, reset_num_timesteps=False)
     assert_finite(model)
     check_buffer(model.replay_buffer)
-
-
-# -- how many cases there were -----------------------------------------------------------------------------------------
-
-
-def test_enough_cases():
-    """The last test: the others were run in this process with as many cases as they should have been."""
-    if not QUOTA.keys() <= CASES.keys():
-        pytest.skip("only where all the tests of this file were run, and passed")
-    print(f"generated cases: {sum(CASES.values())} ({dict(CASES)})")
-    assert all(CASES[name] >= number * TIMES for name, number in QUOTA.items()), CASES
-    assert sum(CASES.values()) >= 900

@@ -49,21 +49,25 @@ sb3-mrq() {{
     case "$*" in
         # The installed command itself
         train*" --algo mrq "*" --seed 1 "*) command sb3-mrq "$@" $more ;;
-        # Without compiling, which takes a minute
-        speed*) TORCHDYNAMO_DISABLE=1 command sb3-mrq "$@" $more ;;
+        # Without compiling, and with few updates
+        speed*) TORCHDYNAMO_DISABLE=1 "$PYTHON" -c "
+import sys, sb3_mrq.speed
+from sb3_mrq.command_line import main
+sb3_mrq.speed.INTERVAL = 2
+sys.exit(main())" "$@" $more ;;
         # The same program in a fork of a process that has imported torch
         *) $FORK_ZOO "$PYTHON" "$(type -P sb3-mrq)" "$@" $more ;;
     esac
 }}
 make() {{
-    # Everything is set up already. The second one trains a task with short episodes, in a fork.
-    local env= python="$PYTHON"
+    # Everything is set up already. They train a task with short episodes, the second one in a fork.
+    local env=ENV=InvertedPendulum-v5 python="$PYTHON"
     case "$*" in
-        train*ENV=*) env=ENV=InvertedPendulum-v5 python="$FORK_SCRIPTS $PYTHON" ;;
+        train*ENV=*) python="$FORK_SCRIPTS $PYTHON" ;;
         train*) ;;
         *) echo "no replacement for make $*"; return 1 ;;
     esac
-    command make -C {ROOT} -o setup python="$python" "$@" $env STEPS={STEPS} OUT="$PWD/make$env"
+    command make -C {ROOT} -o setup python="$python" "$@" $env STEPS={STEPS} OUT="$PWD/make"
 }}
 """
 
@@ -121,7 +125,7 @@ def test_what_the_commands_leave(folders):
     assert set(pd.read_csv(readme / "runs/compare/results.csv")["algorithm"]) == {"mrq", "td3"}
     assert (readme / "runs/compare/README.md").exists()
     assert list(readme.glob("make/**/*.mp4"))
-    assert list(folder.glob("makeENV*/**/*.mp4"))
+    assert list(folder.glob("make/**/*.mp4"))
     assert np.load(folder / "logs/td3/Pendulum-v1_1/evaluations.npz")["results"].shape == (2, 2)
     (trials,) = (folder / "logs/mrq").glob("report_*.csv")
     assert pd.read_csv(trials)["state"].tolist() == ["COMPLETE"]

@@ -289,8 +289,11 @@ def stop_in_an_evaluation(event, at_step, first, total, folder, **kwargs):
 
 @ORDER
 @pytest.mark.parametrize("event", ["step", "rollout end"])
-@pytest.mark.parametrize("total", [28, TOTAL], ids=["last", "not the last"])
-@pytest.mark.parametrize("kwargs", [{}, {"train_freq": 14, "gradient_steps": 14}, EPISODES], ids=str)
+@pytest.mark.parametrize(
+    "total, kwargs",
+    [(28, {}), (TOTAL, {}), (TOTAL, {"train_freq": 14, "gradient_steps": 14}), (28, EPISODES), (TOTAL, EPISODES)],
+    ids=str,
+)
 def test_stopped_in_an_evaluation(kwargs, total, event, first, tmp_path):
     """Collected transitions are stored, and learned from when training goes on."""
     straight = plain_model(**kwargs).learn(total)

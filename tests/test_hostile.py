@@ -42,6 +42,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from sb3_mrq.buffers import SubtrajectoryReplayBuffer
 from sb3_mrq.checks import BadValueError
 
+
 def cases(number, **strategies):
     """As ``given``, for a number of cases."""
 

@@ -179,6 +179,52 @@ def test_code_runs(page, tmp_path):
     run_code(page, tmp_path)
 
 
+PARSE = """
+import argparse, shlex, sys
+from sb3_mrq.compare import command
+from sb3_mrq.speed import speed_script
+from sb3_mrq.zoo.scripts import run
+
+class Parsed(Exception): pass
+
+def parse_and_stop(self, *args, parse=argparse.ArgumentParser.parse_args):
+    raise Parsed(parse(self, *args))
+
+argparse.ArgumentParser.parse_args = parse_and_stop
+for line in sys.stdin:
+    _, script, *arguments = shlex.split(line)
+    try:
+        speed_script(arguments) if script == "speed" else run(script, arguments)
+    except Parsed as parsed:
+        script == "compare" and command.plan(parsed.args[0])
+    else:
+        sys.exit(f"not parsed: {line}")
+"""
+
+
+def commands_of(page: Path) -> list[str]:
+    """The calls of ``sb3-mrq`` in the indented blocks of a page."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    return re.findall(r"^    (sb3-mrq \w.*)$", text, flags=re.MULTILINE)
+
+
+# tests/test_readme.py runs those on the page of the command line
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands_of(page) and page.stem != "command-line"], ids=lambda page: page.stem
+)
+def test_commands(page, tmp_path):
+    """Their arguments are accepted. tests/test_zoo_resume.py continues a run with ``-i``."""
+    commands = [re.sub(r" -i \S+", "", command) for command in commands_of(page)]
+    reading, writing = os.pipe()
+    os.write(writing, "\n".join(commands).encode())
+    os.close(writing)
+    with open(reading) as text:
+        process = fork_server.Popen(
+            [sys.executable, "-c", PARSE], cwd=tmp_path, stdin=text, stderr=subprocess.PIPE, kind="zoo"
+        )
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+
+
 def rows(page: str, heading: str) -> list[list[str]]:
     """The cells of all tables of a page from a heading of the second level to the next, titles left out."""
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)

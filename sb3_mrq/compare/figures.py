@@ -2,6 +2,8 @@
 Figures of a comparison: learning curves by seaborn, and aggregates by rliable.
 """
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +19,20 @@ from rliable import plot_utils
 
 from sb3_mrq.compare.scores import Estimates
 
-COLORS = sns.color_palette("colorblind")
+PALETTE = sns.color_palette("colorblind")
+# The same in all figures. Others take light blue, and then what is left.
+COLORS = dict(zip(("MR.Q", "SAC", "TD3", "DR.Q", "DQN", "QR-DQN"), PALETTE, strict=False))
 GREYS = ("#888888", "#A0845C")
 AXIS_LABELS = {"step": "environment steps", "seconds": "seconds of training"}
+
+
+def colors_of(labels: Sequence[str]) -> list[tuple[float, float, float]]:
+    """
+    :param labels: names of algorithms in figures
+    :return: their colours
+    """
+    left = cycle([PALETTE[-1], *(color for label, color in COLORS.items() if label not in labels)])
+    return [COLORS[label] if label in COLORS else next(left) for label in labels]
 
 
 def draw_curves(results: pd.DataFrame, published: pd.DataFrame, x: str) -> Figure:
@@ -40,7 +53,8 @@ def draw_curves(results: pd.DataFrame, published: pd.DataFrame, x: str) -> Figur
     # At the mean time of its seeds
     curves = curves.assign(seconds=curve["seconds"].transform("mean"), text=curves["label"].map(texts))[complete]
     grey = [texts[label] for label in published["label"].unique()]
-    colored = [texts[label] for label in results["label"].unique()]
+    labels = list(results["label"].unique())
+    colored = [texts[label] for label in labels]
     n_tasks = curves["task"].nunique()
     grid = sns.relplot(
         curves,
@@ -49,7 +63,7 @@ def draw_curves(results: pd.DataFrame, published: pd.DataFrame, x: str) -> Figur
         y="return",
         hue="text",
         hue_order=[*grey, *colored],
-        palette=[*GREYS[: len(grey)], *(COLORS[k % len(COLORS)] for k in range(len(colored)))],
+        palette=[*GREYS[: len(grey)], *colors_of(labels)],
         style="text",
         dashes={text: (3, 2) if text in grey else "" for text in texts.values()},
         errorbar=("pi", 100),
@@ -79,7 +93,7 @@ def draw_aggregates(estimates: Estimates) -> Figure:
         *estimates,
         ["Interquartile mean ↑", "Optimality gap ↓"],
         algorithms[::-1],
-        colors={name: COLORS[k % len(COLORS)] for k, name in enumerate(algorithms)},
+        colors=dict(zip(algorithms, colors_of(algorithms), strict=True)),
         subfigure_width=4.5,
         row_height=0.7,
         xlabel="normalised return",

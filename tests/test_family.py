@@ -144,6 +144,8 @@ def logged(model):
 @pytest.mark.parametrize("member", WITH_SIBLINGS)
 def test_member(member, mode):
     """It trains, in every mode to much the same weights, and to other ones than MR.Q."""
+    if mode == "compiled" and member is not DRQ and member.learner_class is Learner:
+        pytest.skip("compiles what MR.Q compiles")
     model, eager, plain = train(member, mode), train(member, "eager"), train(MRQ, "eager")
     assert model._n_updates == 30
     assert (model.updates.captured, model.updates.compiled) == (mode == "captured", mode != "eager")

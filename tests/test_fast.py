@@ -142,9 +142,9 @@ def distance(policy, other, start):
 
 @cache
 def trained_plainly(actions):
-    """In eager float32: the policy after 250 updates, and the losses."""
+    """In eager float32: the policy after 150 updates, and the losses."""
     agent = make(actions)
-    return agent[0], train(*agent, 250)
+    return agent[0], train(*agent, 150)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_many_updates(monkeypatch, actions, precision, compiled):
     start = weights(agent[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The updates could not be compiled")
-        losses = train(*agent, 250)
+        losses = train(*agent, 150)
     # Each of the four losses was compiled once, and as a whole, with the learning rate changing at every step
     assert counters["stats"]["unique_graphs"] == (4 if compiled else 0)
     assert not counters["graph_break"] and not counters["recompiles"]

@@ -270,18 +270,22 @@ def test_learns_from_new_goals_alone():
         batch_size=64,
         learning_rate=1e-3,
         encoder_learning_rate=1e-3,
+        dynamics_loss_weight=0.1,
+        reward_loss_weight=1.0,
         learning_starts=300,
         target_update_interval=50,
         seed=0,
     )
-    model.learn(2000)
+    model.learn(1200)
     # Chance succeeds in a tenth of the episodes
-    assert np.mean([*model.ep_success_buffer][-50:]) > 0.8
+    assert np.mean([*model.ep_success_buffer][-50:]) > 0.6
 
 
 def test_uncaptured_on_a_device(monkeypatch):
     monkeypatch.setattr(Graph, "can_capture", staticmethod(lambda device: True))
     monkeypatch.setattr(Graph, "capture", staticmethod(recorded_graph.capture))
+    # Compiling takes long, and has its own tests
+    monkeypatch.setattr("sb3_mrq.accelerate.updates.CompiledFunction", lambda function, *_: function)
     with pytest.warns(UserWarning, match="HerSubtrajectoryReplayBuffer samples only on the host") as warned:
         goal_model(compile_updates=True).learn(60)
     assert len([w for w in warned if "captured" in str(w.message)]) == 1

@@ -43,7 +43,7 @@ sb3-mrq() {{
         train*) more="-n {STEPS} --save-freq {STEPS // 2} $evaluations $params $mrq" ;;
         enjoy*|record_video*) more="-n 20" ;;
         diagnose*) more="-n 2" ;;
-        compare*) more="--env Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-episodes 1 --jobs 1" ;;
+        compare*) more="--env Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1 --jobs 1" ;;
         speed*) more="--env Pendulum-v1 --seconds 0" ;;
     esac
     case "$*" in

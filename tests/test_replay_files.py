@@ -441,7 +441,8 @@ def test_little_memory():
             file.seek(0)
             loaded = read_replay_buffer(file, make(space), exact=True)
             # 8,001 of a million observations
-            assert 30e6 < resident() - before < 50e6
+            # with what other tests have left in memory
+            assert 30e6 < resident() - before < 100e6
             assert loaded.size() == 8000
         finally:
             if os.path.exists("/dev/shm/sb3-mrq-test"):

@@ -34,6 +34,7 @@ set -euo pipefail
 params="-params learning_starts:{STEPS // 2} batch_size:8"
 mrq="target_update_interval:20 policy_kwargs:dict(net_arch=dict(encoder=[8],qf=[8],pi=[8]),z_s_dim=8,z_sa_dim=8,z_a_dim=4)"
 evaluations="--eval-freq {STEPS // 2} --eval-episodes 2"
+once="--eval-freq {STEPS} --eval-episodes 1"
 sb3-mrq() {{
     local more=
     case "$*" in
@@ -43,7 +44,7 @@ sb3-mrq() {{
         train*) more="-n {STEPS} --save-freq {STEPS // 2} $evaluations $params $mrq" ;;
         enjoy*|record_video*) more="-n 20" ;;
         diagnose*) more="-n 2" ;;
-        compare*) more="--env Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --eval-freq {STEPS} --eval-episodes 1 --jobs 1" ;;
+        compare*) more="--env Pendulum-v1 --algos mrq,td3 --seeds 1 --steps {STEPS} --jobs 1 $once" ;;
         speed*) more="--env Pendulum-v1 --seconds 0" ;;
     esac
     case "$*" in

@@ -112,6 +112,7 @@ AGENTS: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
     "actor-faster-encoder": (MRQ, dict(discrete_policy="actor", encoder_learning_rate=1e-3)),
     "actor-stronger-penalty": (MRQ, dict(discrete_policy="actor", pre_activation_weight=1e-2)),
     "greedy": (MRQ, dict(discrete_policy="greedy")),
+    "greedy-rewards-first": (MRQ, dict(discrete_policy="greedy", reward_loss_weight=1.0, dynamics_loss_weight=0.1)),
     "greedy-no-noise": (MRQ, dict(discrete_policy="greedy", exploration_noise=0.0)),
     "drq": (DRQ, dict(discrete_policy="greedy")),
     "dqn": (DQN, dict(learning_rate=1e-3, train_freq=1, target_update_interval=250, exploration_fraction=0.5)),

@@ -62,13 +62,13 @@ sys.exit(main())" "$@" $more ;;
 }}
 make() {{
     # Everything is set up already. They train a task with short episodes, the second one in a fork.
-    local env=ENV=InvertedPendulum-v5 python="$PYTHON"
+    local python="$PYTHON"
     case "$*" in
         train*ENV=*) python="$FORK_SCRIPTS $PYTHON" ;;
         train*) ;;
         *) echo "no replacement for make $*"; return 1 ;;
     esac
-    command make -C {ROOT} -o setup python="$python" "$@" $env STEPS={STEPS} OUT="$PWD/make"
+    command make -C {ROOT} -o setup python="$python" "$@" ENV=InvertedPendulum-v5 STEPS={STEPS} OUT="$PWD/make"
 }}
 """
 
